@@ -1,0 +1,157 @@
+"""Squeeze Aggregated Excitation (SaE), the channel attention of SENetV2.
+
+Paper: `SENetV2: Aggregated dense layer for channelwise and global representations` - https://arxiv.org/abs/2311.10807
+With one branch it is `Squeeze-and-Excitation Networks` - https://arxiv.org/abs/1709.01507
+
+The paper draws `cardinality` dense layers side by side, each with its activation, and concatenates them. Over the same
+input that is one dense layer with the branches' rows stacked, exactly, and one matrix product instead of many. So it is
+built that way: rows [k·d, (k+1)·d) of `fc1` are branch k.
+"""
+from collections.abc import Callable, Sequence
+from typing import Optional, Union
+
+import torch
+from torch import nn
+
+from ._checks import check_positive_int
+
+_GATES = {'sigmoid': nn.Sigmoid, 'hard_sigmoid': nn.Hardsigmoid, 'tanh': nn.Tanh}
+
+
+class SqueezeAggregatedExcitation(nn.Module):
+    """Rescale each channel by a gate computed from the means of all channels.
+
+    With z the (N, C) channel means of x: `s = gate(fc2(act(fc1(z))))`, and the output is `x · s`, as in the paper's
+    formula. The author's Keras code computes `x + x · s` instead: `add_identity=True`.
+
+    Shapes: (N, C, H, W) in, the same out, in the same memory format; N may be 0.
+    """
+
+    def __init__(
+            self,
+            channels: int,
+            reduction: int = 32,
+            cardinality: int = 4,
+            rd_channels: Optional[int] = None,
+            bias: bool = True,
+            act_layer: Callable[[], nn.Module] = nn.ReLU,
+            gate_layer: Union[str, Callable[[], nn.Module]] = 'sigmoid',
+            add_identity: bool = False,
+            device=None,
+            dtype=None,
+    ) -> None:
+        """
+        Args:
+            channels: C, the channels of the input.
+            reduction: A branch has C // reduction hidden units, and at least one.
+            cardinality: Number of branches. 1 is plain squeeze-and-excitation.
+            rd_channels: Hidden units of one branch, in place of C // reduction.
+            bias: Whether both dense layers have biases.
+            act_layer: Activation between the dense layers, a module class.
+            gate_layer: Activation after them: 'sigmoid', 'hard_sigmoid', 'tanh', or a module class.
+            add_identity: Return x + x · s, the author's Keras form.
+            device: Device of the parameters.
+            dtype: Dtype of the parameters.
+
+        Raises:
+            ValueError: A size that is not a whole number above zero, or an unknown gate; names argument and value.
+        """
+        super().__init__()
+        check_positive_int('channels', channels)
+        check_positive_int('reduction', reduction)
+        check_positive_int('cardinality', cardinality)
+        if rd_channels is None:
+            rd_channels = max(1, channels // reduction)
+        check_positive_int('rd_channels', rd_channels)
+        if isinstance(gate_layer, str):
+            if gate_layer not in _GATES:
+                raise ValueError(f'gate_layer must be one of {", ".join(_GATES)} or a module class, got {gate_layer!r}')
+            gate_layer = _GATES[gate_layer]
+        self.channels = channels
+        self.cardinality = cardinality
+        self.rd_channels = rd_channels
+        self.add_identity = bool(add_identity)
+
+        # nn.Linear's default initialisation depends on fan-in alone, so stacking the branches' rows leaves it unchanged
+        self.fc1 = nn.Linear(channels, cardinality * rd_channels, bias=bias, device=device, dtype=dtype)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(cardinality * rd_channels, channels, bias=bias, device=device, dtype=dtype)
+        self.gate_act = gate_layer()
+
+    @classmethod
+    def from_branches(
+            cls,
+            branch_weights: Sequence[torch.Tensor],
+            out_weight: torch.Tensor,
+            branch_biases: Optional[Sequence[torch.Tensor]] = None,
+            out_bias: Optional[torch.Tensor] = None,
+            **kwargs,
+    ) -> 'SqueezeAggregatedExcitation':
+        """Build the layer from the separate dense layers of the paper's figure.
+
+        Args:
+            branch_weights: c tensors W_k of shape (d, C).
+            out_weight: V, of shape (C, c·d), its columns in the order of the branches.
+            branch_biases: c tensors b_k of shape (d,), or None for a layer without biases.
+            out_bias: v, of shape (C,). Given together with `branch_biases`, or not at all.
+            **kwargs: act_layer, gate_layer, add_identity.
+
+        Raises:
+            ValueError: No branches, shapes that do not belong together, or biases on one side only.
+        """
+        weights = list(branch_weights)
+        if not weights or any(w.ndim != 2 or w.shape != weights[0].shape for w in weights):
+            raise ValueError(
+                'branch_weights must be one or more (d, C) tensors of one shape, '
+                f'got shapes {[tuple(w.shape) for w in weights]}'
+            )
+        d, channels = weights[0].shape
+        if tuple(out_weight.shape) != (channels, len(weights) * d):
+            raise ValueError(
+                f'out_weight must have shape {(channels, len(weights) * d)} for {len(weights)} branches of shape '
+                f'{(d, channels)}, got {tuple(out_weight.shape)}'
+            )
+        if (branch_biases is None) != (out_bias is None):
+            raise ValueError('branch_biases and out_bias must be given together, or neither')
+        if branch_biases is not None:
+            shapes = [tuple(b.shape) for b in branch_biases]
+            if shapes != [(d,)] * len(weights):
+                raise ValueError(f'branch_biases must be {len(weights)} tensors of shape {(d,)}, got shapes {shapes}')
+            if tuple(out_bias.shape) != (channels,):
+                raise ValueError(f'out_bias must have shape {(channels,)}, got {tuple(out_bias.shape)}')
+
+        layer = cls(
+            channels,
+            cardinality=len(weights),
+            rd_channels=d,
+            bias=branch_biases is not None,
+            device=out_weight.device,
+            dtype=out_weight.dtype,
+            **kwargs,
+        )
+        with torch.no_grad():
+            layer.fc1.weight.copy_(torch.cat(weights))
+            layer.fc2.weight.copy_(out_weight)
+            if branch_biases is not None:
+                layer.fc1.bias.copy_(torch.cat(list(branch_biases)))
+                layer.fc2.bias.copy_(out_bias)
+        return layer
+
+    def gate(self, pooled: torch.Tensor) -> torch.Tensor:
+        """s, (N, C), from the channel means, (N, C)."""
+        return self.gate_act(self.fc2(self.act(self.fc1(pooled))))
+
+    def scale(self, pooled: torch.Tensor) -> torch.Tensor:
+        """What `forward` multiplies x by: s, or 1 + s with `add_identity`. (N, C) from the channel means, (N, C).
+
+        For a block that fuses the multiplication with other work.
+        """
+        s = self.gate(pooled)
+        return 1 + s if self.add_identity else s
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale(x.mean((2, 3)))[:, :, None, None]
+
+    def extra_repr(self) -> str:
+        text = f'{self.channels}, cardinality={self.cardinality}, rd_channels={self.rd_channels}'
+        return text + ', add_identity=True' if self.add_identity else text

@@ -1,0 +1,190 @@
+"""SENetV2 and SEneXtV2 for 224-pixel images: timm's ResNet and ResNeXt trunks with SaE in every block.
+
+Paper: `SENetV2: Aggregated dense layer for channelwise and global representations` - https://arxiv.org/abs/2311.10807
+
+The layer sits where timm's ResNets put `se`: after the last norm of the residual branch, before the shortcut is added.
+That placement gives the parameter counts the author publishes.
+"""
+from functools import partial
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models.resnet import ResNet
+from torch import nn
+
+from ..layers import SqueezeAggregatedExcitation
+from ._registry import register_model
+from .blocks import SaEBasicBlock, SaEBottleneck
+
+__all__: list[str] = []  # register_model adds each entry function
+
+
+def _cfg(**kwargs) -> dict[str, Any]:
+    return {
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.95, 'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'conv1', 'classifier': 'fc', 'license': 'apache-2.0', 'paper_ids': 'arXiv:2311.10807',
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    'senetv2_resnet18.untrained': _cfg(),
+    'senetv2_resnet34.untrained': _cfg(),
+    'senetv2_resnet50.untrained': _cfg(),
+    'senetv2_resnet101.untrained': _cfg(),
+    'senetv2_resnet152.untrained': _cfg(),
+    'senetv2_resnet152d.untrained': _cfg(first_conv='conv1.0'),
+    'senextv2_50.untrained': _cfg(),
+    'senextv2_26d_32x4d.untrained': _cfg(first_conv='conv1.0'),
+    'senextv2_26t_32x4d.untrained': _cfg(first_conv='conv1.0'),
+    'senextv2_101_32x4d.untrained': _cfg(),
+    'senextv2_101_32x8d.untrained': _cfg(),
+    'senextv2_101_64x4d.untrained': _cfg(),
+    'senextv2_101d_32x8d.untrained': _cfg(first_conv='conv1.0'),
+    'senextv2_aa101d_32x8d.untrained': _cfg(first_conv='conv1.0'),
+    'senextv2_aa201d_32x8d.untrained': _cfg(first_conv='conv1.0'),
+})
+
+# timm's "d" trunk: three 3x3 convs in the stem, average pooling in the shortcut
+_D = dict(stem_width=32, stem_type='deep', avg_down=True)
+
+
+def _create_senetv2(
+        variant: str,
+        pretrained: bool,
+        sae_reduction: int = 32,
+        sae_cardinality: int = 4,
+        sae_add_identity: bool = False,
+        **kwargs,
+) -> ResNet:
+    """Build one of timm's ResNets around SaE.
+
+    Args:
+        variant: Model name.
+        pretrained: Load the weights of the chosen tag.
+        sae_reduction: A branch has channels // sae_reduction hidden units.
+        sae_cardinality: Branches of each SaE.
+        sae_add_identity: The author's Keras form, x + x · s.
+        **kwargs: timm's, for `build_model_with_cfg` and `ResNet`.
+    """
+    attn_layer = partial(
+        SqueezeAggregatedExcitation,
+        reduction=sae_reduction,
+        cardinality=sae_cardinality,
+        add_identity=sae_add_identity,
+    )
+    block_args = dict(attn_layer=attn_layer, **kwargs.pop('block_args', {}))
+    return build_model_with_cfg(ResNet, variant, pretrained, block_args=block_args, **kwargs)
+
+
+def _trunk(block: type[nn.Module], *layers: int, **kwargs) -> dict[str, Any]:
+    return dict(block=block, layers=layers, **kwargs)
+
+
+@register_model
+def senetv2_resnet18(pretrained: bool = False, **kwargs) -> ResNet:
+    """SENetV2-18: ResNet-18 with SaE (reduction 32, cardinality 4) in every block."""
+    model_args = _trunk(SaEBasicBlock, 2, 2, 2, 2)
+    return _create_senetv2('senetv2_resnet18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def senetv2_resnet34(pretrained: bool = False, **kwargs) -> ResNet:
+    """SENetV2-34: ResNet-34 with SaE (reduction 32, cardinality 4) in every block."""
+    model_args = _trunk(SaEBasicBlock, 3, 4, 6, 3)
+    return _create_senetv2('senetv2_resnet34', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def senetv2_resnet50(pretrained: bool = False, **kwargs) -> ResNet:
+    """SENetV2-50: ResNet-50 with SaE (reduction 32, cardinality 4) in every block."""
+    model_args = _trunk(SaEBottleneck, 3, 4, 6, 3)
+    return _create_senetv2('senetv2_resnet50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def senetv2_resnet101(pretrained: bool = False, **kwargs) -> ResNet:
+    """SENetV2-101: ResNet-101 with SaE (reduction 32, cardinality 4) in every block."""
+    model_args = _trunk(SaEBottleneck, 3, 4, 23, 3)
+    return _create_senetv2('senetv2_resnet101', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def senetv2_resnet152(pretrained: bool = False, **kwargs) -> ResNet:
+    """SENetV2-152: ResNet-152 with SaE (reduction 32, cardinality 4) in every block."""
+    model_args = _trunk(SaEBottleneck, 3, 8, 36, 3)
+    return _create_senetv2('senetv2_resnet152', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def senetv2_resnet152d(pretrained: bool = False, **kwargs) -> ResNet:
+    """SENetV2-152-D: the trunk of timm's seresnet152d with SaE (reduction 32, cardinality 4) in every block."""
+    model_args = _trunk(SaEBottleneck, 3, 8, 36, 3, **_D)
+    return _create_senetv2('senetv2_resnet152d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def senextv2_50(pretrained: bool = False, **kwargs) -> ResNet:
+    """SEneXtV2-50: ResNeXt-50 32x4d with SaE (reduction 32, cardinality 4) in every block."""
+    model_args = _trunk(SaEBottleneck, 3, 4, 6, 3, cardinality=32, base_width=4)
+    return _create_senetv2('senextv2_50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def senextv2_26d_32x4d(pretrained: bool = False, **kwargs) -> ResNet:
+    """SEneXtV2-26-D: the trunk of timm's seresnext26d_32x4d with SaE (reduction 32, cardinality 4) in every block."""
+    model_args = _trunk(SaEBottleneck, 2, 2, 2, 2, cardinality=32, base_width=4, **_D)
+    return _create_senetv2('senextv2_26d_32x4d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def senextv2_26t_32x4d(pretrained: bool = False, **kwargs) -> ResNet:
+    """SEneXtV2-26-T: the trunk of timm's seresnext26t_32x4d, its stem tiered 24, 32, 64, with SaE in every block."""
+    model_args = _trunk(SaEBottleneck, 2, 2, 2, 2, cardinality=32, base_width=4, **dict(_D, stem_type='deep_tiered'))
+    return _create_senetv2('senextv2_26t_32x4d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def senextv2_101_32x4d(pretrained: bool = False, **kwargs) -> ResNet:
+    """SEneXtV2-101 32x4d: ResNeXt-101 32x4d with SaE (reduction 32, cardinality 4) in every block."""
+    model_args = _trunk(SaEBottleneck, 3, 4, 23, 3, cardinality=32, base_width=4)
+    return _create_senetv2('senextv2_101_32x4d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def senextv2_101_32x8d(pretrained: bool = False, **kwargs) -> ResNet:
+    """SEneXtV2-101 32x8d: ResNeXt-101 32x8d with SaE (reduction 32, cardinality 4) in every block."""
+    model_args = _trunk(SaEBottleneck, 3, 4, 23, 3, cardinality=32, base_width=8)
+    return _create_senetv2('senextv2_101_32x8d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def senextv2_101_64x4d(pretrained: bool = False, **kwargs) -> ResNet:
+    """SEneXtV2-101 64x4d: ResNeXt-101 64x4d with SaE (reduction 32, cardinality 4) in every block."""
+    model_args = _trunk(SaEBottleneck, 3, 4, 23, 3, cardinality=64, base_width=4)
+    return _create_senetv2('senextv2_101_64x4d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def senextv2_101d_32x8d(pretrained: bool = False, **kwargs) -> ResNet:
+    """SEneXtV2-101-D 32x8d: the trunk of timm's seresnext101d_32x8d with SaE in every block."""
+    model_args = _trunk(SaEBottleneck, 3, 4, 23, 3, cardinality=32, base_width=8, **_D)
+    return _create_senetv2('senextv2_101d_32x8d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def senextv2_aa101d_32x8d(pretrained: bool = False, **kwargs) -> ResNet:
+    """SEneXtV2-AA-101-D 32x8d: the trunk of timm's seresnextaa101d_32x8d (average-pool anti-aliasing) with SaE in every block."""
+    model_args = _trunk(SaEBottleneck, 3, 4, 23, 3, cardinality=32, base_width=8, aa_layer=nn.AvgPool2d, **_D)
+    return _create_senetv2('senextv2_aa101d_32x8d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def senextv2_aa201d_32x8d(pretrained: bool = False, **kwargs) -> ResNet:
+    """SEneXtV2-AA-201-D 32x8d: the trunk of timm's seresnextaa201d_32x8d (average-pool anti-aliasing) with SaE in every block."""
+    model_args = _trunk(
+        SaEBottleneck, 3, 24, 36, 4, cardinality=32, base_width=8, aa_layer=nn.AvgPool2d, **dict(_D, stem_width=64))
+    return _create_senetv2('senextv2_aa201d_32x8d', pretrained, **dict(model_args, **kwargs))
