@@ -8,7 +8,6 @@ input that is one dense layer with the branches' rows stacked, exactly, and one 
 built that way: rows [k·d, (k+1)·d) of `fc1` are branch k.
 """
 from collections.abc import Callable, Sequence
-from typing import Optional, Union
 
 import torch
 from torch import nn
@@ -32,10 +31,10 @@ class SqueezeAggregatedExcitation(nn.Module):
             channels: int,
             reduction: int = 32,
             cardinality: int = 4,
-            rd_channels: Optional[int] = None,
+            rd_channels: int | None = None,
             bias: bool = True,
             act_layer: Callable[[], nn.Module] = nn.ReLU,
-            gate_layer: Union[str, Callable[[], nn.Module]] = 'sigmoid',
+            gate_layer: str | Callable[[], nn.Module] = 'sigmoid',
             add_identity: bool = False,
             device=None,
             dtype=None,
@@ -83,8 +82,8 @@ class SqueezeAggregatedExcitation(nn.Module):
             cls,
             branch_weights: Sequence[torch.Tensor],
             out_weight: torch.Tensor,
-            branch_biases: Optional[Sequence[torch.Tensor]] = None,
-            out_bias: Optional[torch.Tensor] = None,
+            branch_biases: Sequence[torch.Tensor] | None = None,
+            out_bias: torch.Tensor | None = None,
             **kwargs,
     ) -> 'SqueezeAggregatedExcitation':
         """Build the layer from the separate dense layers of the paper's figure.

@@ -11,7 +11,7 @@ of the code, so that is the default here and `aggregate_after='block'` the other
 128, 256, 512 channels, which the slides do not mention.
 """
 from functools import partial
-from typing import Any, Optional
+from typing import Any
 
 from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs

@@ -177,14 +177,14 @@ def senextv2_101d_32x8d(pretrained: bool = False, **kwargs) -> ResNet:
 
 @register_model
 def senextv2_aa101d_32x8d(pretrained: bool = False, **kwargs) -> ResNet:
-    """SEneXtV2-AA-101-D 32x8d: the trunk of timm's seresnextaa101d_32x8d (average-pool anti-aliasing) with SaE in every block."""
+    """SEneXtV2-AA-101-D 32x8d: the trunk of timm's seresnextaa101d_32x8d (anti-aliased) with SaE in every block."""
     model_args = _trunk(SaEBottleneck, 3, 4, 23, 3, cardinality=32, base_width=8, aa_layer=nn.AvgPool2d, **_D)
     return _create_senetv2('senextv2_aa101d_32x8d', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def senextv2_aa201d_32x8d(pretrained: bool = False, **kwargs) -> ResNet:
-    """SEneXtV2-AA-201-D 32x8d: the trunk of timm's seresnextaa201d_32x8d (average-pool anti-aliasing) with SaE in every block."""
+    """SEneXtV2-AA-201-D 32x8d: the trunk of timm's seresnextaa201d_32x8d (anti-aliased) with SaE in every block."""
     model_args = _trunk(
         SaEBottleneck, 3, 24, 36, 4, cardinality=32, base_width=8, aa_layer=nn.AvgPool2d, **dict(_D, stem_width=64))
     return _create_senetv2('senextv2_aa201d_32x8d', pretrained, **dict(model_args, **kwargs))

@@ -1,6 +1,6 @@
-"""What every 32-pixel trunk shares: a 3x3 stem without pooling, three stages, a pooled classifier, and timm's model API."""
+"""What the 32-pixel trunks share: a 3x3 stem without pooling, three stages, a pooled classifier, timm's model API."""
 from collections.abc import Callable
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,8 @@ from torch import nn
 STAGES = ('layer1', 'layer2', 'layer3')
 
 
-def _take_indices(count: int, indices: Optional[Union[int, list[int]]]) -> tuple[list[int], int]:
-    """timm's meaning of `indices` over `count` features: the last n if an int, all if None. With the largest of them."""
+def _take_indices(count: int, indices: int | list[int] | None) -> tuple[list[int], int]:
+    """timm's meaning of `indices` over `count` features: the last n if an int, all if None. And the largest."""
     if indices is None:
         indices = count
     if isinstance(indices, int):
@@ -86,7 +86,7 @@ class Trunk32(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Patterns that group the parameters, for layer-wise learning-rate decay: a group a block, or with `coarse` a stage."""
+        """Patterns that group parameters for layer-wise learning-rate decay: a group a block, or with `coarse` a stage."""
         return dict(stem=r'^conv1|^bn1', blocks=r'^layer(\d+)' if coarse else r'^layer(\d+)\.(\d+)')
 
     @torch.jit.ignore
@@ -95,11 +95,11 @@ class Trunk32(nn.Module):
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
-    def get_classifier(self, name_only: bool = False) -> Union[str, nn.Module]:
+    def get_classifier(self, name_only: bool = False) -> str | nn.Module:
         """The classifier, or with `name_only` its name."""
         return 'fc' if name_only else self.fc
 
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put a fresh classifier in place.
 
         Args:
@@ -118,12 +118,12 @@ class Trunk32(nn.Module):
     def forward_intermediates(
             self,
             x: torch.Tensor,
-            indices: Optional[Union[int, list[int]]] = None,
+            indices: int | list[int] | None = None,
             norm: bool = False,
             stop_early: bool = False,
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
-    ) -> Union[list[torch.Tensor], tuple[torch.Tensor, list[torch.Tensor]]]:
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
         """Run the trunk and collect the outputs of the stem (index 0) and the stages (1, 2, 3).
 
         Args:
@@ -153,7 +153,7 @@ class Trunk32(nn.Module):
 
     def prune_intermediate_layers(
             self,
-            indices: Union[int, list[int]] = 1,
+            indices: int | list[int] = 1,
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> list[int]:

@@ -1,0 +1,27 @@
+"""What the scripts share towards the person who runs them."""
+import errno
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A mistake of the user's, or of the machine's, that one line explains: what is wrong and what to do."""
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a script's main function and exit: 2 and one plain line on a UserError or a full disk, 130 on Ctrl-C."""
+    try:
+        code = main()
+    except UserError as e:
+        print(f'error: {e}', file=sys.stderr)
+        code = 2
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f'error: the disk is full{f": {e.filename}" if e.filename else ""}; free some space and run it again',
+              file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        code = 130
+    sys.exit(code)
