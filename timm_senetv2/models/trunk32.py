@@ -86,7 +86,7 @@ class Trunk32(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Patterns that group parameters for layer-wise learning-rate decay: a group a block, or with `coarse` a stage."""
+        """Patterns that group parameters for layer-wise learning-rate decay: by block, or with `coarse` by stage."""
         return dict(stem=r'^conv1|^bn1', blocks=r'^layer(\d+)' if coarse else r'^layer(\d+)\.(\d+)')
 
     @torch.jit.ignore
