@@ -1,0 +1,32 @@
+import pytest
+import timm
+import torch
+from _profile import count
+
+
+def test_count_of_a_convolution_and_a_linear_layer_by_hand():
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False),
+        torch.nn.BatchNorm2d(8),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(8, 5),
+    )
+    profile = count(model, (3, 16, 16))
+    assert profile.params == 3 * 8 * 9 + 2 * 8 + 8 * 5 + 5
+    assert profile.macs == 8 * 8 * 8 * 27 + 8 * 5  # each output element of the convolution takes 27 multiply-adds
+    assert profile.activations == 8 * 8 * 8 + 5
+    assert model.training
+
+
+@pytest.mark.parametrize('name, params', [('resnet50', 25.6), ('seresnet50', 28.1)])
+def test_count_agrees_with_timms_model_cards(name, params):
+    profile = count(timm.create_model(name, device='meta'), (3, 224, 224))
+    assert round(profile.params / 1e6, 1) == params
+    assert round(profile.macs / 1e9, 1) == 4.1
+    assert round(profile.activations / 1e6, 1) == 11.1
+
+
+def test_count_is_the_same_on_meta_and_on_the_cpu():
+    on_meta = count(timm.create_model('senetv2_resnet20', device='meta'), (3, 32, 32))
+    assert on_meta == count(timm.create_model('senetv2_resnet20'), (3, 32, 32))
