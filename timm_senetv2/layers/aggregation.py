@@ -45,12 +45,12 @@ class ChannelAggregation(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _check_groups(x.shape[1], self.factor)
-        groups = x.unflatten(1, (-1, self.factor))
-        if self.op == 'sum':
-            return groups.sum(2)
-        if self.op == 'mean':
-            return groups.mean(2)
-        return groups.amax(2)
+        # Elementwise over the members of a group: it keeps channels-last, where a reduction returns contiguous NCHW
+        members = x.unflatten(1, (-1, self.factor)).unbind(2)
+        out = members[0]
+        for i in range(1, self.factor):
+            out = torch.maximum(out, members[i]) if self.op == 'max' else out + members[i]
+        return out / self.factor if self.op == 'mean' else out
 
     def extra_repr(self) -> str:
         return f'factor={self.factor}, op={self.op!r}'

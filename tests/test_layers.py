@@ -1,0 +1,342 @@
+"""The two layers against the papers' formulas, and in every way torch can run them."""
+import io
+import shutil
+
+import onnxruntime
+import pytest
+import torch
+from timm.layers import SEModule
+from torch import nn
+
+from timm_senetv2.layers import ChannelAggregation, SqueezeAggregatedExcitation
+
+LAYERS = {
+    'sae': lambda **kw: SqueezeAggregatedExcitation(16, reduction=4, cardinality=2, **kw),
+    'sae_add_identity': lambda **kw: SqueezeAggregatedExcitation(16, reduction=4, add_identity=True, **kw),
+    'se': lambda **kw: SqueezeAggregatedExcitation(16, reduction=4, cardinality=1, **kw),
+    'sum': lambda **kw: ChannelAggregation(4, 'sum'),
+    'mean': lambda **kw: ChannelAggregation(4, 'mean'),
+    'max': lambda **kw: ChannelAggregation(4, 'max'),
+}
+both_layers = pytest.mark.parametrize('layer', LAYERS.values(), ids=LAYERS)
+
+
+def image(n: int = 2, **kwargs) -> torch.Tensor:
+    return torch.randn(n, 16, 5, 7, **kwargs)
+
+
+# ---- against an independent computation
+
+
+def paper_sae(x, branch_weights, branch_biases, out_weight, out_bias, add_identity=False):
+    """SaE as the paper draws it: separate branches, a concatenation, a dense layer, in loops and einsum."""
+    z = x.sum((2, 3)) / (x.shape[2] * x.shape[3])
+    branches = []
+    for w, b in zip(branch_weights, branch_biases, strict=True):
+        branches.append(torch.clamp(torch.einsum('dc,nc->nd', w, z) + b, min=0))
+    s = 1 / (1 + torch.exp(-(torch.einsum('ch,nh->nc', out_weight, torch.cat(branches, 1)) + out_bias)))
+    scaled = torch.einsum('nchw,nc->nchw', x, s)
+    return x + scaled if add_identity else scaled
+
+
+@pytest.mark.parametrize('add_identity', [False, True])
+@pytest.mark.parametrize('cardinality', [1, 2, 4])
+def test_sae_equals_separate_branches_forward_and_gradients(cardinality, add_identity):
+    c, d = 12, 3
+    tensors = dict(
+        branch_weights=[torch.randn(d, c, dtype=torch.float64) for _ in range(cardinality)],
+        branch_biases=[torch.randn(d, dtype=torch.float64) for _ in range(cardinality)],
+        out_weight=torch.randn(c, cardinality * d, dtype=torch.float64),
+        out_bias=torch.randn(c, dtype=torch.float64),
+    )
+    layer = SqueezeAggregatedExcitation.from_branches(**tensors, add_identity=add_identity)
+    leaves = [*tensors['branch_weights'], *tensors['branch_biases'], tensors['out_weight'], tensors['out_bias']]
+    x = torch.randn(3, c, 4, 5, dtype=torch.float64, requires_grad=True)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    expected = paper_sae(x, **tensors, add_identity=add_identity)
+    direction = torch.randn_like(expected)
+    expected_grads = torch.autograd.grad(expected, [x, *leaves], direction)
+
+    actual = layer(x)
+    (actual * direction).sum().backward(inputs=[x, *layer.parameters()])
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(x.grad, expected_grads[0], rtol=0, atol=1e-10)
+    grad_w, grad_b = expected_grads[1:cardinality + 1], expected_grads[cardinality + 1:-2]
+    torch.testing.assert_close(layer.fc1.weight.grad, torch.cat(grad_w), rtol=0, atol=1e-10)
+    torch.testing.assert_close(layer.fc1.bias.grad, torch.cat(grad_b), rtol=0, atol=1e-10)
+    torch.testing.assert_close(layer.fc2.weight.grad, expected_grads[-2], rtol=0, atol=1e-10)
+    torch.testing.assert_close(layer.fc2.bias.grad, expected_grads[-1], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize('factor', [1, 2, 4, 16])
+@pytest.mark.parametrize('op', ['sum', 'mean', 'max'])
+def test_aggregation_equals_a_loop_over_groups_forward_and_gradients(op, factor):
+    x = image(dtype=torch.float64).requires_grad_()
+    channels = []
+    for group in range(16 // factor):
+        members = [x[:, group * factor + i] for i in range(factor)]
+        channels.append(max_of(members) if op == 'max' else sum(members) / (factor if op == 'mean' else 1))
+    expected = torch.stack(channels, 1)
+    direction = torch.randn_like(expected)
+    expected_grad, = torch.autograd.grad(expected, x, direction)
+
+    actual = ChannelAggregation(factor, op)(x)
+    actual_grad, = torch.autograd.grad(actual, x, direction)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(actual_grad, expected_grad, rtol=0, atol=1e-12)
+
+
+def max_of(tensors):
+    best = tensors[0]
+    for t in tensors[1:]:
+        best = torch.where(t > best, t, best)
+    return best
+
+
+def test_one_branch_is_timms_se_module():
+    ours = SqueezeAggregatedExcitation(32, reduction=4, cardinality=1)
+    theirs = SEModule(32, rd_channels=8)
+    theirs.load_state_dict({
+        name: value[:, :, None, None] if name.endswith('weight') else value
+        for name, value in ours.state_dict().items()
+    })
+    x = torch.randn(2, 32, 6, 6)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_gate_and_scale_rebuild_the_output():
+    for add_identity in (False, True):
+        layer = SqueezeAggregatedExcitation(16, reduction=4, add_identity=add_identity)
+        x = image()
+        s = layer.gate(x.mean((2, 3)))
+        assert s.shape == (2, 16)
+        assert ((s > 0) & (s < 1)).all()
+        torch.testing.assert_close(layer(x), x + x * s[..., None, None] if add_identity else x * s[..., None, None])
+        torch.testing.assert_close(layer.scale(x.mean((2, 3))), 1 + s if add_identity else s)
+
+
+@pytest.mark.parametrize('gate_layer, function', [
+    ('sigmoid', lambda v: 1 / (1 + (-v).exp())),
+    ('hard_sigmoid', lambda v: ((v + 3) / 6).clamp(0, 1)),
+    ('tanh', lambda v: (v.exp() - (-v).exp()) / (v.exp() + (-v).exp())),
+    (nn.Softplus, lambda v: (1 + v.exp()).log()),
+])
+def test_gate_layer_is_applied_to_the_second_dense_layer(gate_layer, function):
+    layer = SqueezeAggregatedExcitation(16, reduction=4, gate_layer=gate_layer, act_layer=nn.Tanh)
+    z = torch.randn(3, 16)
+    hidden = torch.tanh(z @ layer.fc1.weight.T + layer.fc1.bias)
+    torch.testing.assert_close(layer.gate(z), function(hidden @ layer.fc2.weight.T + layer.fc2.bias))
+
+
+# ---- sizes
+
+
+@pytest.mark.parametrize('channels, reduction, cardinality', [(64, 32, 4), (2048, 32, 4), (256, 16, 1), (512, 8, 2)])
+def test_parameter_count_is_the_papers_formula(channels, reduction, cardinality):
+    layer = SqueezeAggregatedExcitation(channels, reduction, cardinality)
+    expected = channels**2 * 2 * cardinality // reduction + channels * cardinality // reduction + channels
+    assert sum(p.numel() for p in layer.parameters()) == expected
+
+
+def test_paper_defaults_are_reduction_32_cardinality_4():
+    layer = SqueezeAggregatedExcitation(256)
+    assert layer.fc1.weight.shape == (32, 256)
+    assert sum(p.numel() for p in layer.parameters()) == 256**2 // 4 + 256 * 9 // 8
+
+
+def test_branch_has_at_least_one_channel():
+    layer = SqueezeAggregatedExcitation(8, reduction=32, cardinality=4)
+    assert layer.fc1.weight.shape == (4, 8)
+    assert layer(torch.randn(1, 8, 2, 2)).shape == (1, 8, 2, 2)
+
+
+def test_rd_channels_and_bias():
+    layer = SqueezeAggregatedExcitation(16, cardinality=3, rd_channels=5, bias=False)
+    assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == {
+        'fc1.weight': (15, 16), 'fc2.weight': (16, 15)}
+
+
+def test_from_branches_without_biases():
+    weights = [torch.randn(2, 6) for _ in range(3)]
+    out_weight = torch.randn(6, 6)
+    layer = SqueezeAggregatedExcitation.from_branches(weights, out_weight)
+    assert layer.fc1.bias is None and layer.fc2.bias is None
+    zeros = [torch.zeros(2)] * 3
+    x = torch.randn(2, 6, 3, 3)
+    torch.testing.assert_close(layer(x), paper_sae(x, weights, zeros, out_weight, torch.zeros(6)))
+
+
+# ---- bad values
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(channels=0), 'channels must be a whole number of at least 1, got 0'),
+    (dict(channels=-8), 'channels .* got -8'),
+    (dict(channels=16, reduction=0), 'reduction .* got 0'),
+    (dict(channels=16, reduction=2.5), 'reduction .* got 2.5'),
+    (dict(channels=16, cardinality=-1), 'cardinality .* got -1'),
+    (dict(channels=16, cardinality=True), 'cardinality .* got True'),
+    (dict(channels=16, rd_channels=0), 'rd_channels .* got 0'),
+    (dict(channels=16, gate_layer='softmax'), "gate_layer .* got 'softmax'"),
+])
+def test_sae_names_the_bad_argument_and_value(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        SqueezeAggregatedExcitation(**kwargs)
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(branch_weights=[]), r'branch_weights .* got shapes \[\]'),
+    (dict(branch_weights=[torch.zeros(2, 6), torch.zeros(3, 6)]), r'branch_weights .*\(3, 6\)'),
+    (dict(branch_weights=[torch.zeros(6)]), r'branch_weights .*\(6,\)'),
+    (dict(out_weight=torch.zeros(4, 6)), r'out_weight must have shape \(6, 4\).* got \(4, 6\)'),
+    (dict(branch_biases=None), 'branch_biases and out_bias must be given together'),
+    (dict(out_bias=None), 'branch_biases and out_bias must be given together'),
+    (dict(branch_biases=[torch.zeros(2)]), r'branch_biases must be 2 tensors of shape \(2,\)'),
+    (dict(out_bias=torch.zeros(4)), r'out_bias must have shape \(6,\), got \(4,\)'),
+])
+def test_from_branches_names_the_bad_argument(kwargs, message):
+    good = dict(
+        branch_weights=[torch.zeros(2, 6)] * 2,
+        out_weight=torch.zeros(6, 4),
+        branch_biases=[torch.zeros(2)] * 2,
+        out_bias=torch.zeros(6),
+    )
+    SqueezeAggregatedExcitation.from_branches(**good)
+    with pytest.raises(ValueError, match=message):
+        SqueezeAggregatedExcitation.from_branches(**dict(good, **kwargs))
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(factor=0), 'factor must be a whole number of at least 1, got 0'),
+    (dict(factor=-4), 'factor .* got -4'),
+    (dict(factor=2.0), 'factor .* got 2.0'),
+    (dict(op='median'), "op must be one of sum, mean, max, got 'median'"),
+])
+def test_aggregation_names_the_bad_argument_and_value(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        ChannelAggregation(**kwargs)
+
+
+def test_aggregation_names_channels_that_the_factor_does_not_divide():
+    with pytest.raises(ValueError, match='factor must divide the number of channels, got factor 4 for 18 channels'):
+        ChannelAggregation(4)(torch.zeros(1, 18, 2, 2))
+
+
+# ---- every way to run them
+
+
+@both_layers
+def test_compile_fullgraph(layer):
+    model, x = layer(), image().requires_grad_()
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    torch.testing.assert_close(compiled(x), model(x))
+    expected, = torch.autograd.grad(model(x).square().sum(), x)
+    actual, = torch.autograd.grad(compiled(x).square().sum(), x)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.skipif(shutil.which('c++') is None, reason="torch's inductor compiles C++ and needs a compiler")
+@pytest.mark.parametrize('layer', [LAYERS['sae'], LAYERS['sum']], ids=['sae', 'sum'])
+def test_compile_with_inductor_keeps_values_and_memory_format(layer):
+    model, x = layer(), image().to(memory_format=torch.channels_last)
+    y = torch.compile(model, fullgraph=True)(x)
+    torch.testing.assert_close(y, model(x))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@both_layers
+def test_export_with_a_dynamic_batch(layer):
+    model = layer().eval()
+    program = torch.export.export(model, (image(3),), dynamic_shapes=({0: torch.export.Dim('batch')},), strict=True)
+    x = image(5)
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+@both_layers
+def test_fx(layer):
+    model, x = layer(), image()
+    traced = torch.fx.symbolic_trace(model)
+    torch.testing.assert_close(traced(x), model(x))
+    assert traced(image(5)).shape[0] == 5
+
+
+@both_layers
+@pytest.mark.filterwarnings('ignore:.*torch.jit:FutureWarning', 'ignore:.*torch.jit:DeprecationWarning')
+def test_torchscript(layer):
+    model, x = layer(), image()
+    scripted = torch.jit.script(model)
+    torch.testing.assert_close(scripted(x), model(x))
+    buffer = io.BytesIO()
+    torch.jit.save(scripted, buffer)
+    buffer.seek(0)
+    torch.testing.assert_close(torch.jit.load(buffer)(x), model(x))
+
+
+@both_layers
+def test_onnx(layer, tmp_path):
+    model = layer().eval()
+    path = tmp_path / 'layer.onnx'
+    torch.onnx.export(
+        model, (image(3),), path, dynamo=True, dynamic_shapes=({0: torch.export.Dim('batch')},), verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    x = image(5)
+    actual, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(actual), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+@both_layers
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_autocast(layer, dtype):
+    model, x = layer(), image()
+    with torch.autocast('cpu', dtype):
+        y = model(x.to(dtype))  # what a conv under autocast would put out
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), model(x).float(), rtol=3e-2, atol=3e-2)
+
+
+@both_layers
+@pytest.mark.parametrize('how', ['eager', 'compile', 'export', 'fx', 'script'])
+@pytest.mark.filterwarnings('ignore:.*torch.jit:FutureWarning', 'ignore:.*torch.jit:DeprecationWarning')
+def test_memory_format_is_kept(layer, how):
+    model = layer().eval()
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        x = image().to(memory_format=memory_format)
+        run = {
+            'eager': lambda: model,
+            'compile': lambda: torch.compile(model, fullgraph=True, backend='aot_eager'),
+            'export': lambda: torch.export.export(model, (x,), strict=True).module(),  # noqa: B023
+            'fx': lambda: torch.fx.symbolic_trace(model),
+            'script': lambda: torch.jit.script(model),
+        }[how]()
+        y = run(x)
+        assert y.is_contiguous(memory_format=memory_format)
+        torch.testing.assert_close(y, model(x.contiguous()), check_stride=False)
+
+
+@both_layers
+def test_empty_batch(layer):
+    model, x = layer(), image(0).requires_grad_()
+    y = model(x)
+    assert y.shape[0] == 0 and y.shape[2:] == (5, 7)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+@both_layers
+def test_meta_device(layer):
+    y = layer(device='meta')(image(device='meta'))
+    assert y.device.type == 'meta'
+    assert y.shape[0] == 2 and y.shape[2:] == (5, 7)
+
+
+def test_device_and_dtype_arguments_reach_the_parameters():
+    layer = SqueezeAggregatedExcitation(16, device='meta', dtype=torch.float64)
+    for parameter in layer.parameters():
+        assert parameter.device.type == 'meta' and parameter.dtype == torch.float64
+
+
+def test_repr_tells_the_sizes():
+    assert '16, cardinality=4, rd_channels=2, add_identity=True' in repr(
+        SqueezeAggregatedExcitation(16, 8, add_identity=True))
+    assert repr(ChannelAggregation(2, 'max')) == "ChannelAggregation(factor=2, op='max')"
