@@ -7,13 +7,14 @@ The paper draws `cardinality` dense layers side by side, each with its activatio
 input that is one dense layer with the branches' rows stacked, exactly, and one matrix product instead of many. So it is
 built that way: rows [k·d, (k+1)·d) of `fc1` are branch k.
 """
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from ._checks import check_positive_int
 
+_WEIGHTS = ('fc1.weight', 'fc1.bias', 'fc2.weight', 'fc2.bias')
 _GATES = {'sigmoid': nn.Sigmoid, 'hard_sigmoid': nn.Hardsigmoid, 'tanh': nn.Tanh}
 
 
@@ -135,6 +136,60 @@ class SqueezeAggregatedExcitation(nn.Module):
                 layer.fc1.bias.copy_(torch.cat(list(branch_biases)))
                 layer.fc2.bias.copy_(out_bias)
         return layer
+
+    @torch.no_grad()
+    def embed(self, se_state: Mapping[str, torch.Tensor], prefix: str = '') -> dict[str, torch.Tensor]:
+        """The state dict with which this layer computes exactly what an SE layer does.
+
+        The SE layer's d' hidden units become the first of this layer's. The other columns of `fc2` are zero, so
+        that they add nothing; their rows of `fc1` stay as this layer has them, so that gradients reach those columns.
+
+        Args:
+            se_state: `fc1.weight` (d', C), `fc1.bias` (d',), `fc2.weight` (C, d') and `fc2.bias` (C,), the weights also
+                as those of 1x1 convs; both biases may be absent. Other entries are ignored.
+            prefix: Precedes these names in `se_state` and in the result.
+
+        Returns:
+            The layer's state dict, in the layer's dtype and on its device; the layer itself is unchanged.
+
+        Raises:
+            RuntimeError: Weights that are not those of an SE layer over C channels with at most as many hidden units as
+                this layer; names the tensor and both shapes. Or a layer with `add_identity`, which has no such weights.
+        """
+        if self.add_identity:
+            raise RuntimeError(
+                f'{prefix}fc1.weight cannot be lifted into a layer with add_identity: '
+                'x + x · s is another function than x · s of SE'
+            )
+        own = self.state_dict()
+        hidden, channels = own['fc1.weight'].shape
+        given = {name: se_state[prefix + name] for name in _WEIGHTS if prefix + name in se_state}
+        units = min(hidden, len(given.get('fc1.weight', ())))
+        shapes = dict(zip(_WEIGHTS, ((units, channels), (units,), (channels, units), (channels,)), strict=True))
+        if not given.keys() & {'fc1.bias', 'fc2.bias'}:
+            given.update({name: own[name].new_zeros(shapes[name]) for name in own if name.endswith('bias')})
+
+        embedded = {}
+        for name, shape in shapes.items():
+            if name not in own and name not in given:
+                continue
+            if name not in given:
+                raise RuntimeError(f'{prefix}{name} is missing; its shape in this layer is {tuple(own[name].shape)}')
+            if name not in own:
+                raise RuntimeError(f'{prefix}{name}, of shape {tuple(given[name].shape)}, has no place: no biases here')
+            tensor = given[name]
+            if tensor.shape[2:] == (1, 1):
+                tensor = tensor.flatten(1)
+            if tensor.shape != shape:
+                raise RuntimeError(
+                    f'{prefix}{name} has the shape {tuple(given[name].shape)}, and {shape} is what a layer with '
+                    f'{channels} channels and room for {hidden} hidden units can take'
+                )
+            fresh = own[name]
+            full = torch.zeros_like(fresh) if name == 'fc2.weight' else fresh.clone()
+            full[tuple(map(slice, shape))] = tensor.to(full)
+            embedded[prefix + name] = full
+        return embedded
 
     def gate(self, pooled: torch.Tensor) -> torch.Tensor:
         """s, (N, C), from the channel means, (N, C)."""

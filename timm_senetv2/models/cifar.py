@@ -19,6 +19,7 @@ from timm.models.resnet import BasicBlock, downsample_conv
 from torch import nn
 
 from ..layers import ChannelAggregation, SqueezeAggregatedExcitation
+from ._pretrained import lift_state_dict
 from ._registry import register_model
 from .blocks import SaEBasicBlock
 from .trunk32 import Trunk32
@@ -134,6 +135,7 @@ def _create_cifar(variant: str, pretrained: bool, **kwargs) -> CifarResNet:
         variant,
         pretrained,
         feature_cfg=dict(out_indices=(0, 1, 2, 3)),
+        pretrained_filter_fn=lift_state_dict,
         **kwargs,
     )
 

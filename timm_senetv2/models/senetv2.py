@@ -14,6 +14,7 @@ from timm.models.resnet import ResNet
 from torch import nn
 
 from ..layers import SqueezeAggregatedExcitation
+from ._pretrained import lift_state_dict, lifted_cfgs
 from ._registry import register_model
 from .blocks import SaEBasicBlock, SaEBottleneck
 
@@ -30,7 +31,32 @@ def _cfg(**kwargs) -> dict[str, Any]:
     }
 
 
+# Each model's sources, the one with the best ImageNet top-1 first
+_SE_SOURCES = {
+    'senetv2_resnet50': (
+        'seresnet50.ra2_in1k',
+        'seresnet50.a1_in1k',
+        'seresnet50.a2_in1k',
+        'seresnet50.a3_in1k',
+    ),
+    'senetv2_resnet152d': ('seresnet152d.ra2_in1k',),
+    'senextv2_50': ('seresnext50_32x4d.racm_in1k', 'seresnext50_32x4d.gluon_in1k'),
+    'senextv2_26d_32x4d': ('seresnext26d_32x4d.bt_in1k',),
+    'senextv2_26t_32x4d': ('seresnext26t_32x4d.bt_in1k',),
+    'senextv2_101_32x4d': ('seresnext101_32x4d.gluon_in1k',),
+    'senextv2_101_32x8d': ('seresnext101_32x8d.ah_in1k',),
+    'senextv2_101_64x4d': ('seresnext101_64x4d.gluon_in1k',),
+    'senextv2_101d_32x8d': ('seresnext101d_32x8d.ah_in1k',),
+    'senextv2_aa101d_32x8d': (
+        'seresnextaa101d_32x8d.sw_in12k_ft_in1k_288',
+        'seresnextaa101d_32x8d.sw_in12k_ft_in1k',
+        'seresnextaa101d_32x8d.ah_in1k',
+    ),
+    'senextv2_aa201d_32x8d': ('seresnextaa201d_32x8d.sw_in12k_ft_in1k_384',),
+}
+
 default_cfgs = generate_default_cfgs({
+    **lifted_cfgs(_SE_SOURCES),
     'senetv2_resnet18.untrained': _cfg(),
     'senetv2_resnet34.untrained': _cfg(),
     'senetv2_resnet50.untrained': _cfg(),
@@ -69,6 +95,9 @@ def _create_senetv2(
         sae_cardinality: Branches of each SaE.
         sae_add_identity: The author's Keras form, x + x · s.
         **kwargs: timm's, for `build_model_with_cfg` and `ResNet`.
+
+    Raises:
+        RuntimeError: Pretrained weights that do not fit; see `lift_state_dict`.
     """
     attn_layer = partial(
         SqueezeAggregatedExcitation,
@@ -77,7 +106,8 @@ def _create_senetv2(
         add_identity=sae_add_identity,
     )
     block_args = dict(attn_layer=attn_layer, **kwargs.pop('block_args', {}))
-    return build_model_with_cfg(ResNet, variant, pretrained, block_args=block_args, **kwargs)
+    return build_model_with_cfg(
+        ResNet, variant, pretrained, block_args=block_args, pretrained_filter_fn=lift_state_dict, **kwargs)
 
 
 def _trunk(block: type[nn.Module], *layers: int, **kwargs) -> dict[str, Any]:

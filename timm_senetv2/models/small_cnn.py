@@ -10,6 +10,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import nn
 
 from ..layers import SqueezeAggregatedExcitation
+from ._pretrained import lift_state_dict
 from ._registry import register_model
 from .cifar import _cfg
 from .trunk32 import Trunk32
@@ -81,6 +82,7 @@ def _create_small_cnn(variant: str, pretrained: bool, **kwargs) -> SmallCNN:
         variant,
         pretrained,
         feature_cfg=dict(out_indices=(0, 1, 2, 3)),
+        pretrained_filter_fn=lift_state_dict,
         **kwargs,
     )
 

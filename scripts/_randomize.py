@@ -1,0 +1,31 @@
+"""Random weights under which every part of a model matters to its output."""
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def randomize(model: nn.Module, images: torch.Tensor) -> nn.Module:
+    """Give every norm, bias and scale random values, and every batch norm statistics measured on images.
+
+    A fresh model will not do for comparing two of them: many zero the last norm of a residual branch, which hides all
+    that the branch computes, and batch norm's fresh statistics change nothing.
+
+    Args:
+        model: Changed in place and set to eval mode. Weights of convolutions and linear layers stay as they are.
+        images: (N, C, H, W), two or more.
+
+    Returns:
+        The model.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith('bias'):
+            parameter.normal_(std=0.2)
+        elif parameter.ndim < 2:
+            parameter.uniform_(0.5, 1.5)
+    norms = {m: m.momentum for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    for norm in norms:
+        norm.momentum = 1.
+    model.train()(images)
+    for norm, momentum in norms.items():
+        norm.momentum = momentum
+    return model.eval()
