@@ -1,0 +1,506 @@
+"""Model cards, and pushing to a Hub on loopback with huggingface_hub's own client."""
+import argparse
+import json
+import re
+import time
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from _profile import count
+from hub_server import HubServer
+from safetensors.torch import load_file, save_file
+
+from timm_senetv2 import hub
+
+TOKEN, READER = 'hf_sentinelWRITE', 'hf_sentinelREAD'
+COMMIT, PUT = r'/api/models/me/x/commit/', r'/lfs/upload/'
+
+
+@pytest.fixture
+def server(hub_server, monkeypatch):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_DISABLE_XET', True)  # the loopback Hub speaks LFS
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', False)
+    hub_server.tokens.update({TOKEN: 'write', READER: 'read'})
+    return hub_server
+
+
+@pytest.fixture
+def naps(monkeypatch):
+    """The seconds that anything wanted to sleep; nothing does."""
+    wanted, sleep = [], time.sleep
+    monkeypatch.setattr(time, 'sleep', lambda seconds: wanted.append(seconds) or sleep(min(seconds, 0.001)))
+    return wanted
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A checkpoint as timm's train.py writes it, with weights, averaged weights and its arguments."""
+    torch.manual_seed(1)
+    model, averaged = timm.create_model('small_saecnn'), timm.create_model('small_saecnn')
+    path = tmp_path_factory.mktemp('trained') / 'model_best.pth.tar'
+    torch.save({
+        'epoch': 3, 'arch': 'small_saecnn', 'args': argparse.Namespace(lr=0.1), 'version': 2,
+        'state_dict': {f'module.{k}': v for k, v in model.state_dict().items()},
+        'state_dict_ema': averaged.state_dict(),
+    }, path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def model(trained):
+    return hub.build('small_saecnn', checkpoint=trained)
+
+
+@pytest.fixture(scope='module')
+def folder(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('written') / 'x'
+    facts = hub.Facts()
+    hub.write_files(model, folder, hub.render_card(model, 'me/x', facts, count), facts)
+    return folder
+
+
+@pytest.fixture
+def push(server, folder, model, naps):
+    """Push the model to me/x on the loopback Hub."""
+    def push(**kwargs):
+        return hub.push(folder, **{**dict(repo_id='me/x', model=model, token=TOKEN, endpoint=server.url), **kwargs})
+    return push
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in hub.FILES}
+
+
+def pushed_files(repo, ref='main'):
+    return {path: file.content for path, file in repo.files(ref).items() if path != '.gitattributes'}
+
+
+# Pushing
+
+
+def test_push_makes_one_commit_of_three_files_and_says_how_to_load_it(server, push, folder):
+    pushed = push()
+    repo = server.model('me/x')
+    assert pushed_files(repo) == contents(folder)
+    assert len(repo.history()) == 2 and repo.history()[0] == pushed.commit and pushed.new
+    assert not repo.private
+    assert repo.files()['model.safetensors'].lfs
+    assert hub.load_line('me/x') == "model = timm.create_model('hf-hub:me/x', pretrained=True)"
+
+
+def test_second_identical_push_makes_no_commit(server, push):
+    first = push()
+    second = push()
+    assert second == first._replace(new=False)
+    assert len(server.model('me/x').history()) == 2
+    assert sum(path.startswith('/api/models/me/x/commit') for _, path in server.requests) == 1
+
+
+def test_push_after_a_change_uploads_only_what_changed(server, push, folder, model, tmp_path):
+    push()
+    changed = tmp_path / 'x'
+    facts = hub.Facts(limits='Only for tests.')
+    hub.write_files(model, changed, hub.render_card(model, 'me/x', facts, count), facts)
+    hub.push(changed, 'me/x', model, token=TOKEN, endpoint=server.url)
+    assert pushed_files(server.model('me/x')) == contents(changed) != contents(folder)
+    assert sum(method == 'PUT' for method, _ in server.requests) == 1
+
+
+def test_push_creates_a_private_repository_and_a_branch(server, push, folder):
+    pushed = push(private=True, revision='v2')
+    repo = server.model('me/x')
+    assert repo.private
+    assert pushed_files(repo, 'v2') == contents(folder) and pushed_files(repo) == {}
+    assert hub.load_line('me/x', pushed.revision).startswith("model = timm.create_model('hf-hub:me/x@v2'")
+
+
+def test_push_as_a_pull_request_leaves_the_branch_alone_and_is_not_proposed_twice(server, push, folder):
+    first, second = push(create_pr=True), push(create_pr=True)
+    repo = server.model('me/x')
+    assert pushed_files(repo) == {} and pushed_files(repo, 'refs/pr/1') == contents(folder)
+    assert len(repo.pull_requests) == 1
+    assert (first.new, second.new) == (True, False)
+    assert first.revision == second.revision == 'refs/pr/1'
+
+
+@pytest.mark.parametrize('method, path, fault', [
+    ('POST', COMMIT, dict(drop='before')),
+    ('POST', COMMIT, dict(drop='during')),
+    ('POST', COMMIT, dict(drop='after')),
+    ('POST', COMMIT, dict(status=503)),
+    ('POST', COMMIT, dict(status=412)),
+    ('PUT', PUT, dict(drop='before')),
+    ('PUT', PUT, dict(drop='during')),
+    ('PUT', PUT, dict(drop='after')),
+    ('PUT', PUT, dict(status=500)),
+    ('POST', '/preupload/', dict(status=502)),
+    ('POST', '/objects/batch', dict(status=429, headers={'Retry-After': '7'})),
+    ('POST', '/repos/create', dict(drop='after')),
+    ('POST', '/repos/create', dict(status=429, headers={'Retry-After': '7'})),
+    ('GET', '/whoami-v2', dict(status=500, times=3)),
+    ('GET', '/cdn/', dict(cut=True)),
+    ('GET', '/cdn/', dict(status=500)),
+    ('HEAD', '/resolve/', dict(drop='before')),
+], ids=lambda v: '-'.join(map(str, v.values())) if isinstance(v, dict) else v.strip('/').rpartition('/')[2])
+@pytest.mark.parametrize('create_pr', [False, True], ids=['commit', 'pr'])
+def test_push_gets_over_a_passing_fault_and_commits_once(server, push, folder, naps, method, path, fault, create_pr):
+    injected = server.fault(method, path, **fault)
+    push(create_pr=create_pr)
+    repo = server.model('me/x')
+    assert injected.hits == injected.times
+    assert pushed_files(repo, 'refs/pr/1' if create_pr else 'main') == contents(folder)
+    assert len(repo.commits) == 2 and len(repo.pull_requests) == create_pr
+    if 'headers' in fault:
+        assert max(naps) >= 7  # the Hub's wish is obeyed
+
+
+@pytest.mark.parametrize('method, path, fault, says', [
+    ('POST', COMMIT, dict(drop='before'), 'connection to the Hub failed'),
+    ('POST', COMMIT, dict(drop='during'), 'connection to the Hub failed'),
+    ('PUT', PUT, dict(drop='before'), 'connection to the Hub failed'),
+    ('PUT', PUT, dict(drop='during'), 'connection to the Hub failed'),
+    ('POST', COMMIT, dict(status=429), 'fewer requests'),
+    ('POST', COMMIT, dict(status=500), 'status 500'),
+    ('POST', COMMIT, dict(status=403), 'no permission'),
+    ('POST', '/preupload/', dict(status=503), 'status 503'),
+    ('PUT', PUT, dict(status=400), 'status 400'),
+    ('POST', '/validate-yaml', dict(drop='before'), 'connection to the Hub failed'),
+], ids=lambda v: '-'.join(map(str, v.values())) if isinstance(v, dict) else None)
+def test_push_that_fails_leaves_nothing_and_the_next_finishes(server, push, folder, method, path, fault, says):
+    injected = server.fault(method, path, times=10**6, **fault)
+    with pytest.raises(hub.HubError, match=says):
+        push()
+    assert injected.hits
+    assert pushed_files(server.model('me/x')) == {}
+
+    server.faults.clear()
+    assert push().new
+    assert pushed_files(server.model('me/x')) == contents(folder)
+    assert len(server.model('me/x').history()) == 2
+
+
+def test_push_whose_answers_are_lost_for_good_is_found_complete_by_the_next(server, push, folder):
+    server.fault('POST', COMMIT, times=10**6, drop='after')
+    push()  # the commit is found although its answer never came
+    assert pushed_files(server.model('me/x')) == contents(folder)
+    assert len(server.model('me/x').history()) == 2
+
+
+def test_push_gives_up_after_a_few_growing_waits(server, push, naps):
+    server.fault('GET', '/whoami-v2', times=10**6, status=503)
+    with pytest.raises(hub.HubError, match='status 503'):
+        push(attempts=4, wait=2.)
+    assert naps == [2., 4., 8.]
+
+
+def test_push_without_a_hub_says_so(folder, model, server, naps):
+    with HubServer() as gone:
+        url = gone.url
+    with pytest.raises(hub.HubError, match='connection to the Hub failed'):
+        hub.push(folder, 'me/x', model, token=TOKEN, endpoint=url)
+
+
+@pytest.mark.parametrize('kwargs, says', [
+    (dict(token='hf_other'), 'does not accept the token'),
+    (dict(token=READER), 'no permission'),
+    (dict(repo_id='you/x'), 'may write to the repositories of you'),
+    (dict(token='hf_\n'), 'holds characters that no token has'),
+    (dict(repo_id='x'), 'must name its owner'),
+    (dict(repo_id='me/x/y'), 'owner/name'),
+    (dict(repo_id='me/--x'), 'owner/name'),
+    (dict(create_pr=True, revision='none'), 'no such revision'),
+])
+def test_push_that_may_not_be_says_why_at_once(server, push, naps, kwargs, says):
+    with pytest.raises(hub.HubError, match=says):
+        push(**kwargs)
+    assert not naps
+    assert all(not pushed_files(repo) for repo in server.repos.values())
+
+
+def test_push_without_a_token_asks_for_one(server, push, monkeypatch):
+    monkeypatch.setattr(hub, 'get_token', lambda: None)
+    with pytest.raises(hub.HubError, match='hf auth login'):
+        push(token=None)
+    assert not server.requests
+
+
+def test_push_to_a_name_that_is_no_model_repository_says_so(server, push):
+    taken = server.add_repo('me/x', repo_type='dataset')
+    with pytest.raises(hub.HubError, match='me/x is not there as a model repository.*choose another'):
+        push()
+    assert pushed_files(taken) == {}
+
+
+@pytest.mark.parametrize('name', hub.FILES)
+def test_push_detects_a_changed_byte_in_what_the_hub_serves(server, push, name):
+    def flip(body):
+        middle = len(body) // 2
+        return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1:]
+
+    server.fault('GET', '/cdn/' if name == 'model.safetensors' else f'/resolve/.*/{name}', edit=flip)
+    with pytest.raises(hub.HubError, match=f'serves another {re.escape(name)} than was pushed'):
+        push()
+    assert not push().new  # served right this time, the same push confirms it
+
+
+def test_push_detects_other_logits_than_those_of_the_model(server, push):
+    torch.manual_seed(5)
+    with pytest.raises(hub.HubError, match='other logits'):
+        push(model=timm.create_model('small_saecnn').eval())
+
+
+def test_token_goes_to_no_other_host(server, push):
+    push()
+    assert any(path.startswith('/cdn/') for _, path in server.requests)
+    assert server.token_leaks == []
+
+
+def test_no_error_holds_the_token_even_where_the_hub_repeats_it(server, push):
+    server.fault('POST', COMMIT, status=418, headers={'X-Error-Message': f'no coffee for {TOKEN}'})
+    with pytest.raises(hub.HubError, match='no coffee for <token>') as caught:
+        push()
+    assert TOKEN not in str(caught.value)
+    assert caught.value.__cause__ is None and caught.value.__context__ is None
+
+
+# Loading what was pushed
+
+
+@pytest.fixture
+def as_default_hub(server, monkeypatch):
+    """Let timm use the loopback Hub."""
+    monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', server.url)
+    template = server.url + '/{repo_id}/resolve/{revision}/{filename}'
+    monkeypatch.setattr('huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE', template)
+    return server
+
+
+def logits(model):
+    torch.manual_seed(7)
+    with torch.inference_mode():
+        return model.eval()(torch.randn(2, model.in_chans, 32, 32))
+
+
+def test_timm_loads_what_was_pushed_with_equal_logits(as_default_hub, push, model, tmp_path):
+    push(revision='v2')
+    loaded = timm.create_model('hf-hub:me/x@v2', pretrained=True, cache_dir=tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_options_of_the_model_come_back_from_the_hub(as_default_hub, tmp_path, naps):
+    torch.manual_seed(2)
+    given = timm.create_model('senetv2_resnet20', num_classes=7, in_chans=1, sae_cardinality=2, sae_reduction=4)
+    save_file(given.state_dict(), tmp_path / 'w.safetensors')
+    model = hub.build(
+        'senetv2_resnet20', checkpoint=tmp_path / 'w.safetensors',
+        num_classes=7, in_chans=1, sae_cardinality=2, sae_reduction=4)
+    facts = hub.Facts(labels=list('abcdefg'), license='mit')
+    hub.write_files(model, tmp_path / 'x', hub.render_card(model, 'me/x', facts, count), facts)
+    hub.push(tmp_path / 'x', 'me/x', model, token=TOKEN, endpoint=as_default_hub.url)
+    loaded = timm.create_model('hf-hub:me/x', pretrained=True, cache_dir=tmp_path / 'cache')
+    assert torch.equal(logits(loaded), logits(given))
+    assert list(loaded.pretrained_cfg['label_names']) == list('abcdefg')
+
+
+DAMAGE = {
+    'truncated': lambda content: content[:len(content) // 2],
+    'header': lambda content: b'\xff' * 16 + content[16:],
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGE.values(), ids=DAMAGE)
+def test_damaged_weights_in_a_repository_are_an_error_until_they_are_mended(
+        as_default_hub, push, folder, model, damage, tmp_path):
+    files = contents(folder)
+    as_default_hub.add_repo('me/x', {**files, 'model.safetensors': damage(files['model.safetensors'])})
+    load = lambda: timm.create_model('hf-hub:me/x', pretrained=True, cache_dir=tmp_path)  # noqa: E731
+    with pytest.raises(Exception, match='(?i)header|deserializ'):
+        load()
+    push()
+    assert torch.equal(logits(load()), logits(model))
+
+
+def test_weights_cut_short_on_the_way_are_an_error_and_are_not_cached(as_default_hub, push, model, tmp_path):
+    push()
+    fault = as_default_hub.fault('GET', '/cdn/', times=10**6, edit=DAMAGE['truncated'])
+    load = lambda: timm.create_model('hf-hub:me/x', pretrained=True, cache_dir=tmp_path)  # noqa: E731
+    with pytest.raises(OSError, match='(?i)consistency'):
+        load()
+    assert fault.hits and not list(tmp_path.rglob('model.safetensors'))
+    as_default_hub.faults.clear()
+    assert torch.equal(logits(load()), logits(model))
+
+
+# Checkpoints
+
+
+def test_build_takes_weights_averaged_weights_and_safetensors(trained, tmp_path):
+    raw = torch.load(trained, weights_only=False)
+    plain, averaged = raw['state_dict']['module.fc.weight'], raw['state_dict_ema']['fc.weight']
+    assert torch.equal(hub.build('small_saecnn', checkpoint=trained).fc.weight, plain)
+    assert torch.equal(hub.build('small_saecnn', checkpoint=trained, ema=True).fc.weight, averaged)
+    save_file(raw['state_dict_ema'], tmp_path / 'w.safetensors')
+    torch.save(raw['state_dict'], tmp_path / 'w.pth')
+    assert torch.equal(hub.build('small_saecnn', checkpoint=tmp_path / 'w.safetensors').fc.weight, averaged)
+    assert torch.equal(hub.build('small_saecnn', checkpoint=tmp_path / 'w.pth').fc.weight, plain)
+
+
+class Opaque:
+    """Something that only an unsafe pickle could load."""
+
+
+def _without(state, key):
+    return {k: v for k, v in state.items() if k != key}
+
+
+@pytest.mark.parametrize('change, kwargs, says', [
+    (lambda s: _without(s, 'layer2.conv.weight'), {}, r'lacks layer2.conv.weight, of shape \(64, 32, 3, 3\)'),
+    (lambda s: {**s, 'extra.weight': torch.ones(1)}, {}, 'has no extra.weight'),
+    (lambda s: {**s, 'fc.weight': torch.ones(7, 128)}, {}, r'fc.weight has the shape \(7, 128\) instead of \(10, 128\)'
+                                                           '; give the number of classes'),
+    (lambda s: {**s, 'fc.bias': torch.full((10,), torch.nan)}, {}, 'fc.bias holds NaN'),
+    (lambda s: {'state_dict': s}, dict(ema=True), r'no averaged \(EMA\) weights'),
+    (lambda s: {'state_dict': s, 'more': Opaque()}, {}, 'cannot be read as a checkpoint'),
+    (lambda s: [s], {}, 'holds no state dict but a list'),
+    (lambda s: {'epoch': 3}, {}, "no state dict: its 'epoch' is not a tensor"),
+    (lambda s: {}, {}, 'no state dict'),
+])
+def test_build_refuses_a_checkpoint_that_does_not_fit(trained, tmp_path, change, kwargs, says):
+    state = torch.load(trained, weights_only=False)['state_dict_ema']
+    torch.save(change(state), tmp_path / 'w.pth')
+    with pytest.raises(hub.HubError, match=says):
+        hub.build('small_saecnn', checkpoint=tmp_path / 'w.pth', **kwargs)
+
+
+@pytest.mark.parametrize('name', ['w.safetensors', 'w.pth'])
+def test_build_refuses_a_damaged_file(trained, tmp_path, name):
+    (tmp_path / name).write_bytes(trained.read_bytes()[:1000])
+    with pytest.raises(hub.HubError, match=f'{name} (is damaged|cannot be read)'):
+        hub.build('small_saecnn', checkpoint=tmp_path / name)
+
+
+@pytest.mark.parametrize('args, says', [
+    (dict(name='resnet50', checkpoint='w.pth'), 'not a model of timm_senetv2'),
+    (dict(name='senetv2_resnet05', checkpoint='w.pth'), 'do you mean senetv2_resnet'),
+    (dict(name='small_saecnn', checkpoint='w.pth'), 'there is no file w.pth'),
+    (dict(name='small_saecnn', tag='none'), "no pretrained weights with the tag 'none'"),
+    (dict(name='small_saecnn'), 'either a pretrained tag or a checkpoint'),
+    (dict(name='small_saecnn', tag='none', ema=True), 'come from a checkpoint'),
+])
+def test_build_refuses_what_is_not_there(args, says):
+    with pytest.raises(hub.HubError, match=says):
+        hub.build(**args)
+
+
+# Files and cards
+
+
+def test_config_and_weights_are_timms_and_no_pickle(folder, trained):
+    assert sorted(p.name for p in folder.iterdir()) == sorted(hub.FILES)
+    config = json.loads((folder / 'config.json').read_text())
+    assert config['architecture'] == 'small_saecnn'
+    assert 'tag' not in config['pretrained_cfg']
+    written, own = load_file(folder / 'model.safetensors'), torch.load(trained, weights_only=False)['state_dict']
+    assert {f'module.{k}' for k in written} == set(own)
+    assert all(torch.equal(written[k.removeprefix('module.')], v) for k, v in own.items())
+
+
+def test_writing_twice_gives_the_same_bytes(trained, folder, tmp_path):
+    model, facts = hub.build('small_saecnn', checkpoint=trained), hub.Facts()
+    hub.write_files(model, tmp_path / 'x', hub.render_card(model, 'me/x', facts, count), facts)
+    assert contents(tmp_path / 'x') == contents(folder)
+
+
+@pytest.mark.parametrize('error', [
+    OSError(28, 'No space left on device'),
+    hub.SafetensorError('Error while serializing: IoError(Os { code: 28, message: "No space left on device" })'),
+])
+def test_full_disk_leaves_the_folder_as_it_was(model, folder, tmp_path, monkeypatch, error):
+    out = tmp_path / 'x'
+    facts = hub.Facts()
+    hub.write_files(model, out, hub.render_card(model, 'me/x', facts, count), facts)
+
+    def full(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr('safetensors.torch.save_file', full)
+    with pytest.raises(hub.HubError, match='the disk is full'):
+        hub.write_files(model, out, hub.render_card(model, 'me/y', facts, count), facts)
+    assert contents(out) == contents(folder)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_files_are_not_written_over_a_file(model, tmp_path):
+    (tmp_path / 'x').write_text('mine')
+    with pytest.raises(hub.HubError, match='is a file; give a folder'):
+        hub.write_files(model, tmp_path / 'x', hub.render_card(model, 'me/x', hub.Facts(), count), hub.Facts())
+    assert (tmp_path / 'x').read_text() == 'mine'
+
+
+FACTS = '''
+summary: A model of the tests.
+datasets: [fashion_mnist]
+license: mit
+training:
+  command: python train.py --epochs 2
+  hyperparameters: {epochs: 2, optimizer: SGD}
+results:
+  - file: table.csv
+    row: {seed: 3}
+    metrics: {Top-1 accuracy: top1}
+    dataset: fashion_mnist
+    dataset_name: Fashion-MNIST
+    split: test
+limits: Only for clothes.
+'''
+
+
+def test_card_states_the_facts_and_its_metadata_holds_them(model, tmp_path):
+    (tmp_path / 'facts.yaml').write_text(FACTS)
+    (tmp_path / 'table.csv').write_text('model,seed,top1\nsmall_cnn,3,1.5\nsmall_saecnn,2,2.5\nsmall_saecnn,3,91.25\n')
+    card = hub.render_card(model, 'me/x', hub.load_facts(tmp_path / 'facts.yaml'), count)
+    read = huggingface_hub.ModelCard(str(card)).data.to_dict()
+    assert read['library_name'] == 'timm' and read['pipeline_tag'] == 'image-classification'
+    assert read['license'] == 'mit' and read['datasets'] == ['fashion_mnist'] and 'base_model' not in read
+    (entry,) = read['model-index']
+    (result,) = entry['results']
+    assert entry['name'] == 'x' and result['dataset'] == {
+        'name': 'Fashion-MNIST', 'type': 'fashion_mnist', 'split': 'test'}
+    assert [m['value'] for m in result['metrics']] == [91.25]
+    text = card.text
+    for part in ('A model of the tests.', "timm.create_model('hf-hub:me/x', pretrained=True)",
+                 'python train.py --epochs 2', '| optimizer | SGD |', '| Top-1 accuracy | 91.25 |', 'table.csv',
+                 'Only for clothes.', 'pip install timm-senetv2', f'{sum(p.numel() for p in model.parameters()):,}'):
+        assert part in text
+
+
+@pytest.mark.parametrize('old, new, says', [
+    ('summary: A', 'sumary: A', "'sumary' is not a fact"),
+    ('[fashion_mnist]', 'fashion_mnist', 'datasets must be a list'),
+    ('    split: test\n', '', 'each of the results needs'),
+    ('{seed: 3}', '{sed: 3}', "no column 'sed'"),
+    ('{seed: 3}', '{seed: 4}', 'no row for small_saecnn'),
+    ('table.csv', 'other.csv', 'cannot read the results'),
+    ('top1}', 'seeds}', "no column 'seeds'"),
+    ('summary: A', 'summary: [A', 'is not YAML'),
+    ('license: mit', 'data_config: {mean: [0.5, 0.5]}', 'data_config does not suit small_saecnn: mean'),
+    ('  hyperparameters: {epochs: 2, optimizer: SGD}\n', '', 'training needs'),
+])
+def test_wrong_facts_are_one_clear_line(model, tmp_path, old, new, says):
+    assert old in FACTS
+    (tmp_path / 'facts.yaml').write_text(FACTS.replace(old, new))
+    (tmp_path / 'table.csv').write_text('model,seed,top1\nsmall_saecnn,3,91.25\n')
+    with pytest.raises(hub.HubError, match=says) as caught:
+        hub.render_card(model, 'me/x', hub.load_facts(tmp_path / 'facts.yaml'), count)
+    assert '\n' not in str(caught.value)
+
+
+def test_classes_get_imagenets_names_only_where_the_facts_say_imagenet(tmp_path):
+    model = timm.create_model('senetv2_resnet18', device='meta')
+    assert hub._labels(model, hub.Facts()) == {}
+    labels = hub._labels(model, hub.Facts(datasets=['imagenet-1k']))
+    assert labels['label_names'][0] == 'n01440764' and 'tench' in labels['label_descriptions']['n01440764']
+    with pytest.raises(hub.HubError, match='2 labels were given for a model with 1000 classes'):
+        hub._labels(model, hub.Facts(labels=['a', 'b']))
