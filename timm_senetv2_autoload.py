@@ -4,6 +4,7 @@ A module of its own, outside the package, because the package registers its mode
 import whatever holds the entry point, and with `TIMM_SENETV2_AUTOLOAD=0` that must not import the package.
 """
 import os
+import sys
 import warnings
 
 
@@ -14,8 +15,15 @@ def autoload() -> None:
     try:
         import timm_senetv2  # noqa: F401  importing it registers
     except Exception as e:
-        warnings.warn(
+        warn(
             f'timm_senetv2 could not be loaded, its models are not in timm: {type(e).__name__}: {e}. '
-            'Reinstall it, or set TIMM_SENETV2_AUTOLOAD=0 to silence this.',
-            RuntimeWarning,
+            'Reinstall it, or set TIMM_SENETV2_AUTOLOAD=0 to silence this.'
         )
+
+
+def warn(message: str) -> None:
+    """Issue a RuntimeWarning; where warnings are errors, print it, for no error may reach `import torch` or timm."""
+    try:
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    except RuntimeWarning:
+        print(f'RuntimeWarning: {message}', file=sys.stderr)

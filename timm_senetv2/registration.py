@@ -1,11 +1,13 @@
 """When and how the models reach timm's registry."""
 import importlib
-import warnings
 from types import ModuleType
 
 import wrapt
 
+from timm_senetv2_autoload import warn
+
 MODEL_MODULES = ('senetv2', 'cifar', 'small_cnn')
+name_clashes: list[str] = []  # names that timm had before us
 
 
 def register() -> None:
@@ -25,22 +27,17 @@ _registered = False
 
 
 def _register_models(_timm_models: ModuleType) -> None:
-    problems = []
+    failures: dict[str, list[str]] = {}
     for name in MODEL_MODULES:
         try:
             importlib.import_module(f'timm_senetv2.models.{name}')
         except Exception as e:  # whatever a future timm may do, `import timm` has to survive it
-            problems.append(f'{name} failed with {type(e).__name__}: {e}')
-    try:
-        from .models._registry import name_clashes
-
-        if name_clashes:
-            problems.append(f'timm already has {", ".join(name_clashes)} and keeps its own')
-    except Exception as e:
-        problems.append(f'{type(e).__name__}: {e}')
+            failures.setdefault(f'{type(e).__name__}: {e}', []).append(name)
+    problems = [f'{", ".join(names)} failed with {reason}' for reason, names in failures.items()]
+    if name_clashes:
+        problems.append(f'timm already has {", ".join(name_clashes)} and keeps its own')
     if problems:
-        warnings.warn(
+        warn(
             f'timm_senetv2 could not register all of its models in timm: {"; ".join(problems)}. '
-            'Check that your timm version is supported, or set TIMM_SENETV2_AUTOLOAD=0 to silence this.',
-            RuntimeWarning,
+            'Update timm-senetv2 to a version made for your timm; TIMM_SENETV2_AUTOLOAD=0 turns the registration off.'
         )

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from timm.models import is_model, model_entrypoint
 from timm.models import register_model as timm_register_model
 
-name_clashes: list[str] = []
+from ..registration import name_clashes
 
 
 def register_model(fn: Callable) -> Callable:
