@@ -127,7 +127,7 @@ def test_killed_run_is_cleaned_up_by_the_next(folder, tmp_path):
 
 
 def test_help_needs_nothing_installed(tmp_path):
-    done = subprocess.run([sys.executable, '-I', '-S', SCRIPT, '--help'], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-S', SCRIPT, '--help'], capture_output=True, text=True)
     assert done.returncode == 0
     for option in ('--epochs', '--models', '--seed', '--out', '--data-dir', '--dataset'):
         assert option in done.stdout
