@@ -13,7 +13,9 @@ def autoload() -> None:
     if os.environ.get('TIMM_SENETV2_AUTOLOAD') == '0':
         return
     try:
-        import timm_senetv2  # noqa: F401  importing it registers
+        from timm_senetv2 import register
+
+        register()
     except Exception as e:
         warn(
             f'timm_senetv2 could not be loaded, its models are not in timm: {type(e).__name__}: {e}. '
