@@ -2,9 +2,13 @@
 import argparse
 import json
 import re
+import shlex
+import subprocess
+import sys
 import time
 
 import huggingface_hub
+import push_to_hub
 import pytest
 import timm
 import torch
@@ -430,6 +434,22 @@ def test_full_disk_leaves_the_folder_as_it_was(model, folder, tmp_path, monkeypa
         hub.write_files(model, out, hub.render_card(model, 'me/y', facts, count), facts)
     assert contents(out) == contents(folder)
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_dry_run_on_a_disk_that_is_really_full(trained, tmp_path):
+    probe = subprocess.run(['unshare', '-Urm', 'mount', '-t', 'tmpfs', 'none', str(tmp_path)], capture_output=True)
+    if probe.returncode:
+        pytest.skip('this system lets no user mount a small file system')
+    command = [
+        sys.executable, push_to_hub.__file__, '--model', 'small_saecnn', '--checkpoint', str(trained),
+        '--repo-id', 'me/x', '--dry-run', f'{tmp_path}/x',
+    ]
+    done = subprocess.run(
+        ['unshare', '-Urm', 'sh', '-c', f'mount -t tmpfs -o size=300k none {tmp_path}; '
+         f'{shlex.join(command)}; echo "code $?"; ls -A {tmp_path}'],
+        capture_output=True, text=True)
+    assert done.stdout == 'code 2\n'  # and nothing is left in the folder
+    assert done.stderr == f'error: cannot write {tmp_path}/x: the disk is full\n'
 
 
 def test_files_are_not_written_over_a_file(model, tmp_path):

@@ -49,7 +49,7 @@ from timm.models import clean_state_dict, model_entrypoint, save_for_hf
 from torch import nn
 
 FILES = ('model.safetensors', 'config.json', 'README.md')
-_HERE = Path(__file__).parent
+_HERE = Path(__file__).resolve().parent
 CARDS = next(path for path in (_HERE / 'hub_cards', _HERE.parent / 'hub_cards') if path.is_dir())
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -280,7 +280,10 @@ def _results(model: nn.Module, facts: Facts) -> list[dict[str, Any]]:
                     values.append((f'{name}{at}', float(row[column])))
                 except ValueError:
                     raise HubError(f'{table["file"]} holds {row[column]!r} as {column}, not a number') from None
-        found.append(dict(table, values=values))
+        path = (facts.folder / table['file']).resolve()
+        ours = path.is_relative_to(CARDS.parent)
+        shown = f'{path.relative_to(CARDS.parent).as_posix()}` of timm-senetv2' if ours else f'{table["file"]}`'
+        found.append(dict(table, values=values, shown=f'`{shown}'))
     return found
 
 
