@@ -50,6 +50,7 @@ import torch
 import torch.nn.functional as F
 from _cli import UserError, run
 from _data import ArrayImages, FileImages, ImageData, load_dataset
+from _report import caption, plot_accuracy, plot_curves, table
 from timm.data import create_loader, create_transform, resolve_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -631,6 +632,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     settings = settings_of(args)
     specs = list(dict.fromkeys(spec for word in args.models for spec in parse_specs(word)))
+    baseline = str(parse_specs(args.baseline)[0] if args.baseline else specs[0])
     seeds = list(dict.fromkeys(args.seeds))
     out = Path(args.out)
     results = read_csv(out / 'results.csv', RESULTS)
@@ -638,7 +640,10 @@ def main(argv: list[str] | None = None) -> None:
     data = load_dataset(args.dataset, args.data_dir, not args.no_download, args.limit)
     batches = Batches(data, settings, args.workers)
     costs = {spec: count_costs(spec, len(data.classes), batches) for spec in specs}  # and every spec can be built
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as e:
+        raise UserError(f'--out {out} cannot be made a folder: {e.strerror}') from None
 
     torch.backends.cudnn.deterministic = True
     done = {row['run'] for row in results}
@@ -657,6 +662,7 @@ def main(argv: list[str] | None = None) -> None:
                 shutil.rmtree(run_dir)
             tqdm.write(f'{spec} seed {seed}: accuracy {history[-1]["accuracy"]:.2f} % after {settings.epochs} epochs, '
                        f'best {max(row["accuracy"] for row in history):.2f} %')
+    print(report(out, settings, baseline))
 
 
 def finish(
@@ -709,6 +715,20 @@ def finish(
         command=command,
     )
     write_csv(out / 'results.csv', RESULTS, [*read_csv(out / 'results.csv', RESULTS), row])
+
+
+def report(out: Path, settings: Settings, baseline: str) -> str:
+    """Write table and plots of all runs in `out` under these settings, and return the table."""
+    ours = {key: '' if value is None else str(value) for key, value in asdict(settings).items()}
+    rows = [row for row in read_csv(out / 'results.csv', RESULTS) if all(row[k] == v for k, v in ours.items())]
+    runs = {row['run'] for row in rows}
+    curves = [row for row in read_csv(out / 'curves.csv', CURVES) if row['run'] in runs]
+    commands = ''.join(f'{command}\n' for command in dict.fromkeys(row['command'] for row in rows))
+    text = f'```bash\n{commands}```\n\n{table(rows, baseline)}\n{caption(rows, baseline)}'
+    write_atomically(out / 'table.md', text)
+    write_atomically(out / 'accuracy_vs_parameters.png', plot_accuracy(rows))
+    write_atomically(out / 'curves.png', plot_curves(curves))
+    return text
 
 
 if __name__ == '__main__':

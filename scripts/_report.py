@@ -1,0 +1,155 @@
+"""Tables and plots of the runs that reproduce.py writes down."""
+import io
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+Row = dict[str, str]  # of results.csv or curves.csv
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference in percentage points: mean over seeds, and the ends of its 95 % interval (NaN for one)."""
+    mean: float
+    low: float
+    high: float
+    pairs: int
+
+    def __str__(self) -> str:
+        if not self.pairs:
+            return 'no seed in common'
+        if self.pairs == 1:
+            return f'{self.mean:+.2f} (one seed)'
+        return f'{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}]'
+
+
+def paired_difference(values: dict[str, float], baseline: dict[str, float]) -> Difference:
+    """Mean of values - baseline over the seeds (keys) both have, with Student's 95 % interval of that mean."""
+    seeds = [seed for seed in values if seed in baseline]
+    differences = np.array([values[seed] - baseline[seed] for seed in seeds])
+    if len(differences) == 0:
+        return Difference(math.nan, math.nan, math.nan, 0)
+    mean = float(differences.mean())
+    if len(differences) == 1:
+        return Difference(mean, math.nan, math.nan, 1)
+    half = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
+    return Difference(mean, float(mean - half), float(mean + half), len(differences))
+
+
+def by_model(rows: list[Row]) -> dict[str, list[Row]]:
+    models = {}
+    for row in rows:
+        models.setdefault(row['model'], []).append(row)
+    return models
+
+
+def mean_sd(values: list[float]) -> str:
+    """'mean ± sample standard deviation', the mean alone of one value."""
+    return f'{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}' if len(values) > 1 else f'{values[0]:.2f}'
+
+
+def table(rows: list[Row], baseline: str) -> str:
+    """A Markdown table of runs that share their settings, a line a model."""
+    models = by_model(rows)
+    reference = {row['seed']: float(row['accuracy']) for row in models.get(baseline, ())}
+    lines = [
+        '| model | parameters | GMACs | runs | accuracy, % | best epoch, % | test loss | difference, points |',
+        '|---|--:|--:|--:|--:|--:|--:|--:|',
+    ]
+    for model, runs in models.items():
+        accuracy = {row['seed']: float(row['accuracy']) for row in runs}
+        difference = 'baseline' if model == baseline else str(paired_difference(accuracy, reference))
+        name = model.replace('|', r'\|')
+        lines.append(
+            f'| `{name}` | {int(runs[0]["parameters"]):,} | {float(runs[0]["gmacs"]):.4f} | {len(runs)} '
+            f'| {mean_sd(list(accuracy.values()))} | {mean_sd([float(row["best_accuracy"]) for row in runs])} '
+            f'| {np.mean([float(row["loss"]) for row in runs]):.4f} | {difference} |')
+    return '\n'.join(lines) + '\n'
+
+
+def caption(rows: list[Row], baseline: str) -> str:
+    """What the table's columns mean, and the protocol in one line."""
+    row = rows[0]
+    size = f', images of {row["image_size"]} pixels' if row['image_size'] else ''
+    limit = f', {row["limit"]} training and test images' if row['limit'] else ''
+    return (
+        f'{row["dataset"]}{limit}{size}, protocol {row["protocol"]}: {row["opt"]}, lr {row["lr"]}, weight decay '
+        f'{row["weight_decay"]}, batch {row["batch_size"]}, {row["epochs"]} epochs. Accuracy on the test images after '
+        f'the last epoch, mean ± standard deviation over seeds; the best epoch is chosen on the test images, hence '
+        f'optimistic. Difference: to `{baseline}` after the last epoch, paired by seed, with its 95 % interval '
+        f'(Student t).\n'
+    )
+
+
+def _figure(width: float, height: float):
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(width, height), layout='constrained')
+    axes = figure.subplots()
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.grid(alpha=0.25)
+    return figure, axes
+
+
+def _colours(count: int) -> list:
+    import matplotlib
+    if count <= 10:
+        return list(matplotlib.colormaps['tab10'].colors[:count])
+    return list(matplotlib.colormaps['turbo'](np.linspace(0.05, 0.95, count)))
+
+
+_MARKERS = 'osD^vP*X<>hp'
+
+
+def _png(figure) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format='png', dpi=130, metadata={'Software': None})
+    return content.getvalue()
+
+
+def plot_accuracy(rows: list[Row]) -> bytes:
+    """Accuracy against parameters, a point with its standard deviation a model. A PNG."""
+    models = by_model(rows)
+    figure, axes = _figure(8, 4.5)
+    for (model, runs), colour, marker in zip(
+            models.items(), _colours(len(models)), (_MARKERS * len(models))[:len(models)], strict=True):
+        accuracy = [float(row['accuracy']) for row in runs]
+        axes.errorbar(
+            int(runs[0]['parameters']) / 1e6, np.mean(accuracy),
+            yerr=np.std(accuracy, ddof=1) if len(accuracy) > 1 else None,
+            fmt=marker, color=colour, capsize=3, markersize=7, label=model)
+    axes.set_xscale('log')
+    axes.xaxis.set_major_formatter(lambda value, _: f'{value:g}')
+    axes.xaxis.set_minor_formatter(lambda value, _: f'{value:g}')
+    axes.tick_params(axis='x', which='minor', labelsize=8)
+    axes.set_xlabel('parameters, millions')
+    axes.set_ylabel('test accuracy after the last epoch, %')
+    axes.set_title(f'{rows[0]["dataset"]}, {rows[0]["protocol"]}: mean ± standard deviation', fontsize=10)
+    axes.legend(fontsize=8, loc='center left', bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return _png(figure)
+
+
+def plot_curves(rows: list[Row]) -> bytes:
+    """Test accuracy by epoch, a line (mean over seeds) and a band (their range) a model. A PNG."""
+    models = by_model(rows)
+    figure, axes = _figure(8, 4.5)
+    finals = []
+    for (model, epochs), colour in zip(models.items(), _colours(len(models)), strict=True):
+        curves = {}
+        for row in epochs:
+            curves.setdefault(int(row['epoch']), []).append(float(row['accuracy']))
+        x = sorted(curves)
+        means = [np.mean(curves[epoch]) for epoch in x]
+        finals += [min(curves[epoch]) for epoch in x[len(x) // 3:]]
+        axes.plot(x, means, color=colour, label=model, linewidth=1.5)
+        axes.fill_between(
+            x, [min(curves[e]) for e in x], [max(curves[e]) for e in x], color=colour, alpha=0.12, linewidth=0)
+    low = max(0, min(finals) - 2)  # the first epochs may run out of the picture: what differs is at the end
+    axes.set_ylim(low, min(100.5, axes.get_ylim()[1]))
+    axes.set_xlabel('epoch')
+    axes.set_ylabel('test accuracy, %')
+    axes.set_title(f'{rows[0]["model"].partition(":")[0]} and others: mean and range over seeds'
+                   if len(models) > 1 else f'{rows[0]["model"]}: mean and range over seeds', fontsize=10)
+    axes.legend(fontsize=8, loc='center left', bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return _png(figure)
