@@ -1,12 +1,54 @@
-"""Tables and plots of the runs that reproduce.py writes down."""
+"""Files, tables and plots of the runs that reproduce.py makes."""
+import csv
 import io
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from _cli import UserError
 from scipy import stats
 
+FORMAT = 1  # of results.csv and curves.csv; raise it when a column changes its meaning
+
 Row = dict[str, str]  # of results.csv or curves.csv
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_csv(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())
+
+
+def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    """The rows of a file written by `write_csv`, none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline='') as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != columns:
+            raise UserError(f'{path} was not written by this version of the script (its columns differ); '
+                            f'move it away or give another --out')
+        rows = list(reader)
+    for row in rows:
+        if None in row or None in row.values() or row.get('format', str(FORMAT)) != str(FORMAT):
+            raise UserError(f'{path} was written by another version of the script or is damaged; '
+                            f'move it away or give another --out')
+    return rows
 
 
 @dataclass(frozen=True)
@@ -149,7 +191,6 @@ def plot_curves(rows: list[Row]) -> bytes:
     axes.set_ylim(low, min(100.5, axes.get_ylim()[1]))
     axes.set_xlabel('epoch')
     axes.set_ylabel('test accuracy, %')
-    axes.set_title(f'{rows[0]["model"].partition(":")[0]} and others: mean and range over seeds'
-                   if len(models) > 1 else f'{rows[0]["model"]}: mean and range over seeds', fontsize=10)
+    axes.set_title('test accuracy by epoch: mean and range over seeds', fontsize=10)
     axes.legend(fontsize=8, loc='center left', bbox_to_anchor=(1.01, 0.5), frameon=False)
     return _png(figure)

@@ -1,0 +1,220 @@
+"""Batches of images for training and testing: small sets from the device's memory, image folders by timm's loader."""
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from _data import ArrayImages, FileImages, ImageData
+from timm.data import create_loader, create_transform, resolve_data_config
+from torchvision import transforms
+from tqdm import tqdm
+
+MEMORY_LIMIT = 2 * 2 ** 30  # bytes of images kept on the device; above it timm's loader reads them
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What, besides model and seed, determines a run's numbers."""
+    dataset: str
+    limit: int | None
+    image_size: int | None
+    protocol: str
+    epochs: int
+    batch_size: int
+    opt: str
+    lr: float
+    weight_decay: float
+    decay_norms: bool
+    sched: str
+    label_smoothing: float
+    crop_padding: int
+    hflip: bool
+    ema_decay: float | None
+    amp: str | None
+    channels_last: bool
+    compile: bool
+    device: str
+
+
+class MemoryBatches:
+    """Batches of a set of small images that lies on the device whole: crop, flip and normalisation are one gather."""
+
+    def __init__(
+            self,
+            images: torch.Tensor,
+            targets: torch.Tensor,
+            settings: Settings,
+            mean: tuple[float, ...],
+            std: tuple[float, ...],
+            training: bool,
+    ) -> None:
+        """Takes (N, H, W, 3) uint8 images and their (N,) class indices, on the device."""
+        self.size = images.shape[1:3]
+        self.padding = settings.crop_padding if training else 0
+        pad = self.padding
+        self.images = F.pad(images, (0, 0, pad, pad, pad, pad)) if pad else images
+        self.targets = targets
+        self.batch_size = settings.batch_size
+        self.hflip = settings.hflip and training
+        self.training = training
+        self.memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
+        self.mean = torch.tensor(mean, device=images.device).view(1, 3, 1, 1) * 255
+        self.std = torch.tensor(std, device=images.device).view(1, 3, 1, 1) * 255
+        self.waited = StopWatch(images.device)
+
+    def __len__(self) -> int:
+        full = len(self.targets) // self.batch_size
+        return max(1, full) if self.training else -(-len(self.targets) // self.batch_size)
+
+    def batches(self, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        count, device = len(self.targets), self.targets.device
+        self.waited.reset()
+        with self.waited:
+            order = torch.randperm(count, generator=generator) if self.training else torch.arange(count)
+            top, left = torch.randint(2 * self.padding + 1, (2, count), generator=generator)
+            flip = torch.rand(count, generator=generator) < (0.5 if self.hflip else 0.)
+            order, top, left, flip = (t.to(device) for t in (order, top, left, flip))
+            rows, columns = (torch.arange(side, device=device) for side in self.size)
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            with self.waited:
+                chosen = slice(start, start + self.batch_size)
+                index = order[chosen]
+                y = top[chosen, None] + rows
+                x = torch.where(flip[chosen, None], columns.flip(0), columns) + left[chosen, None]
+                images = self.images[index[:, None, None], y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
+                images = images.to(torch.float32, memory_format=self.memory_format).sub_(self.mean).div_(self.std)
+                targets = self.targets[index]
+            yield images, targets
+
+
+class LoaderBatches:
+    """Batches from files, through timm's loader, with the same augmentation."""
+
+    def __init__(
+            self,
+            images: ArrayImages | FileImages,
+            settings: Settings,
+            data_config: dict[str, Any],
+            training: bool,
+            workers: int,
+    ) -> None:
+        self.loader = create_loader(
+            images,
+            batch_size=min(settings.batch_size, len(images)),
+            is_training=training,
+            no_aug=True,
+            num_workers=workers,
+            persistent_workers=False,  # they would keep their random state, which a resumed run could not restore
+            pin_memory=settings.device == 'cuda',
+            device=torch.device(settings.device),
+            **{k: data_config[k] for k in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct')},
+        )
+        *resize, to_tensor = eval_transform(data_config).transforms
+        augment = []
+        if training:
+            augment.append(transforms.RandomCrop(data_config['input_size'][1:], padding=settings.crop_padding))
+            if settings.hflip:
+                augment.append(transforms.RandomHorizontalFlip())
+        images.transform = transforms.Compose([*resize, *augment, to_tensor])
+        self.memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
+        self.waited = StopWatch(torch.device('cpu'))  # the loader works on the host whatever the device
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def batches(self, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        torch.manual_seed(seed)  # of the order, and of the workers' own seeds
+        self.waited.reset()
+        with self.waited:
+            iterator = iter(self.loader)
+        while True:
+            with self.waited:
+                batch = next(iterator, None)
+            if batch is None:
+                return
+            yield batch[0].contiguous(memory_format=self.memory_format), batch[1]
+
+
+class StopWatch:
+    """Adds up the time spent inside `with` blocks: on CUDA that of the device's own work, else the host's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == 'cuda'
+        self.reset()
+
+    def reset(self) -> None:
+        self.total = 0.
+        self.events = []
+
+    def __enter__(self) -> None:
+        if self.cuda:
+            self.events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            self.events[-1][0].record()
+        else:
+            self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        if self.cuda:
+            self.events[-1][1].record()
+        else:
+            self.total += time.perf_counter() - self.start
+
+    def seconds(self) -> float:
+        """The sum; on CUDA to be called after a synchronisation."""
+        return self.total + sum(start.elapsed_time(end) for start, end in self.events) / 1000
+
+
+def eval_transform(data_config: dict[str, Any]) -> transforms.Compose:
+    """timm's evaluation transform up to a (3, H, W) uint8 tensor, normalisation left to the device."""
+    return create_transform(
+        **{k: data_config[k] for k in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct')},
+        is_training=False,
+        normalize=False,
+    )
+
+
+@dataclass
+class Batches:
+    """Training and test batches of one data set; those of models with the same input are made once."""
+    data: ImageData
+    settings: Settings
+    workers: int
+    made: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+
+    def data_config(self, model: torch.nn.Module) -> dict[str, Any]:
+        """timm's: the model's own interpolation and crop, the data set's mean and standard deviation."""
+        size = self.settings.image_size
+        args = {'mean': self.data.mean, 'std': self.data.std}
+        return resolve_data_config({**args, 'input_size': (3, size, size)} if size else args, model=model)
+
+    def of(self, model: torch.nn.Module) -> tuple[Any, Any]:
+        """Training and test batches for the model."""
+        config = self.data_config(model)
+        key = json.dumps([config[k] for k in ('input_size', 'interpolation', 'crop_pct')])
+        if key not in self.made:
+            height, width = config['input_size'][1:]
+            pad = 2 * self.settings.crop_padding
+            fits = 3 * (height + pad) * (width + pad) * len(self.data.train) <= MEMORY_LIMIT
+            self.made.clear()  # a set in memory is large
+            self.made[key] = tuple(
+                self._in_memory(images, config, training) if self.data.in_memory and fits
+                else LoaderBatches(images, self.settings, config, training, self.workers)
+                for images, training in ((self.data.train, True), (self.data.test, False))
+            )
+        return self.made[key]
+
+    def _in_memory(self, images: ArrayImages, config: dict[str, Any], training: bool) -> MemoryBatches:
+        images.transform = eval_transform(config)
+        height, width = config['input_size'][1:]
+        pixels = torch.empty(len(images), height, width, 3, dtype=torch.uint8)
+        name = 'training' if training else 'test'
+        for i in tqdm(range(len(images)), desc=f'{name} images', leave=False, disable=None):
+            pixels[i] = images[i][0].permute(1, 2, 0)
+        return MemoryBatches(
+            pixels.to(self.settings.device),
+            torch.tensor(images.targets).to(self.settings.device),
+            self.settings, self.data.mean, self.data.std, training)
