@@ -14,7 +14,7 @@ import timm
 import torch
 from _profile import count
 from hub_server import HubServer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from timm_senetv2 import hub
 
@@ -349,6 +349,25 @@ def test_build_takes_weights_averaged_weights_and_safetensors(trained, tmp_path)
     torch.save(raw['state_dict'], tmp_path / 'w.pth')
     assert torch.equal(hub.build('small_saecnn', checkpoint=tmp_path / 'w.safetensors').fc.weight, averaged)
     assert torch.equal(hub.build('small_saecnn', checkpoint=tmp_path / 'w.pth').fc.weight, plain)
+
+
+def test_lifted_weights_come_out_the_same_every_time(as_default_hub, tmp_path, monkeypatch):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
+    source = timm.create_model('seresnext26t_32x4d')
+    as_default_hub.add_repo('timm/seresnext26t_32x4d.bt_in1k', {'model.safetensors': save(source.state_dict())})
+    first, second = (hub.build('senextv2_26t_32x4d', tag='se_bt_in1k').state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    hidden = len(source.layer1[0].se.fc1.bias)
+    assert torch.equal(first['layer1.0.se.fc1.bias'][:hidden], source.layer1[0].se.fc1.bias)
+    assert first['layer1.0.se.fc1.weight'][hidden:].abs().min() > 0  # the added units are initialised, by the seed
+
+
+def test_source_that_the_hub_does_not_have_is_a_clear_error(as_default_hub, tmp_path, monkeypatch, naps):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
+    with pytest.raises(hub.HubError, match=(
+            'could not load the weights of senextv2_26t_32x4d.se_bt_in1k: timm/seresnext26t_32x4d.bt_in1k is not there')):
+        hub.build('senextv2_26t_32x4d', tag='se_bt_in1k')
+    assert not naps
 
 
 class Opaque:

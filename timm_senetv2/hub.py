@@ -45,7 +45,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import ImageNetInfo, resolve_input_data_config
-from timm.models import clean_state_dict, model_entrypoint, save_for_hf
+from timm.models import clean_state_dict, get_pretrained_cfg, model_entrypoint, save_for_hf
 from torch import nn
 
 FILES = ('model.safetensors', 'config.json', 'README.md')
@@ -101,8 +101,12 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if tag is not None:
-            model = _attempt(f'load the weights of {name}.{tag}', lambda: timm.create_model(
-                f'{name}.{tag}', pretrained=True, **model_args))
+            source = get_pretrained_cfg(f'{name}.{tag}').hf_hub_id
+            model = _attempt(
+                f'load the weights of {name}.{tag}',
+                lambda: timm.create_model(f'{name}.{tag}', pretrained=True, **model_args),
+                repo_id=source or '',
+            )
         else:
             # what the config says of pretrained weights does not hold for the checkpoint
             model = timm.create_model(f'{name}.untrained', pretrained_cfg_overlay=dict(tag=None), **model_args)
@@ -601,15 +605,15 @@ def _explain(error: Exception, repo_id: str) -> tuple[str, bool, float] | None:
 
 def _explain_status(error: HfHubHTTPError, status: int, repo_id: str) -> str:
     owner = repo_id.partition('/')[0]
+    if isinstance(error, RevisionNotFoundError):
+        return 'the Hub has no such revision'
+    if isinstance(error, RepositoryNotFoundError):  # before 401, which the Hub also answers for what it hides
+        return (f'{repo_id} is not there as a model repository that this token can see; '
+                'if the name is taken by something else, choose another')
     if status == 401:
         return 'the Hub does not accept the token; run `hf auth login` again, or set HF_TOKEN to a valid one'
     if status == 403:
         return f'the token has no permission for this; use one that may write to the repositories of {owner}'
-    if isinstance(error, RevisionNotFoundError):
-        return 'the Hub has no such revision'
-    if isinstance(error, RepositoryNotFoundError):
-        return (f'{repo_id} is not there as a model repository that this token can see; '
-                'if the name is taken by something else, choose another')
     if status == 412:
         return 'somebody else committed in the meantime; run it again'
     if status == 429:
