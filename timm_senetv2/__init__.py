@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .registration import register
 
 if TYPE_CHECKING:
+    from .checkpoints import lift as lift
     from .layers import ChannelAggregation as ChannelAggregation
     from .layers import SqueezeAggregatedExcitation as SqueezeAggregatedExcitation
     from .models import CifarResNet as CifarResNet
@@ -20,9 +21,10 @@ _LAZY = {
     'SqueezeAggregatedExcitation': 'layers',
     'CifarResNet': 'models',
     'SmallCNN': 'models',
+    'lift': 'checkpoints',
 }
 
-__all__ = ['ChannelAggregation', 'CifarResNet', 'SmallCNN', 'SqueezeAggregatedExcitation', 'register']
+__all__ = ['ChannelAggregation', 'CifarResNet', 'SmallCNN', 'SqueezeAggregatedExcitation', 'lift', 'register']
 
 register()
 

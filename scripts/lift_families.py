@@ -1,0 +1,120 @@
+#!/usr/bin/env python
+"""Try `timm_senetv2.lift` on every family of timm that has SE layers, and write the table of which it works for.
+
+All models with SE, or with a relative of it, are built without memory and lifted; of each family the smallest one that
+lifts is also built with random weights and compared with itself from before the lift, on random images.
+
+    python scripts/lift_families.py
+    python scripts/lift_families.py --table    # print the table of the file again, as Markdown
+"""
+import argparse
+import copy
+import csv
+import os
+from pathlib import Path
+
+import timm
+import torch
+from _cli import UserError, run
+from _randomize import randomize
+from timm.data import resolve_model_data_config
+from tqdm import tqdm
+
+from timm_senetv2 import lift
+from timm_senetv2.checkpoints import SE_CLASSES
+from timm_senetv2.registration import MODEL_MODULES
+
+COLUMNS = (
+    'family', 'models_with_se', 'lifted', 'compared', 'se_layers', 'params_before', 'params_after',
+    'output_std', 'max_difference_float32', 'max_difference_float64', 'why_refused',
+)
+TOLERANCE = 1e-5  # in units of the outputs' standard deviation, which the random weights make about 1
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--out', type=Path, metavar='FILE', help='the table, csv (default: results/lift_families.csv)',
+                        default=Path(__file__).parents[1] / 'results' / 'lift_families.csv')
+    parser.add_argument('--family', nargs='*', metavar='NAME', help='try only these modules of timm.models')
+    parser.add_argument('--table', action='store_true', help='try nothing, print the file as a Markdown table')
+    return parser.parse_args()
+
+
+def count(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def try_family(family: str) -> dict[str, object] | None:
+    """One row of the table, or None for a family without SE."""
+    lifted, refused = {}, {}
+    for name in tqdm(timm.list_models(module=family), desc=family, leave=False):
+        with torch.device('meta'):
+            model = timm.create_model(name)
+        se = [m for m in model.modules() if isinstance(m, SE_CLASSES)]
+        if not se:
+            continue
+        try:
+            lifted[name] = dict(se_layers=len(se), params_before=count(model), params_after=count(lift(model)))
+        except ValueError as e:
+            refused[name] = str(e)
+    if not lifted and not refused:
+        return None
+    row = dict(family=family, models_with_se=len(lifted) + len(refused), lifted=len(lifted))
+    if lifted:
+        smallest = min(lifted, key=lambda name: lifted[name]['params_before'])
+        row.update(compared=smallest, **lifted[smallest], **compare(smallest))
+    reasons = {text.split(' is a ', 1)[1]: None for text in refused.values()}
+    row['why_refused'] = '; '.join(reasons)
+    return row
+
+
+@torch.no_grad()
+def compare(name: str) -> dict[str, str]:
+    """Build the model with random weights and compare its outputs before and after the lift."""
+    torch.manual_seed(0)
+    before = timm.create_model(name)
+    images = torch.randn(2, *resolve_model_data_config(before)['input_size'])
+    randomize(before, images)
+    after = lift(copy.deepcopy(before))
+    figures = {}
+    for dtype in (torch.float32, torch.float64):
+        outputs = before.to(dtype)(images.to(dtype))
+        difference = (after.to(dtype)(images.to(dtype)) - outputs).abs().max().item()
+        if not difference <= TOLERANCE * outputs.std().item():
+            raise UserError(f'{name}: lifted, its outputs differ by {difference:.3g}, in {dtype}')
+        figures[f'max_difference_{str(dtype).removeprefix("torch.")}'] = f'{difference:.1e}'
+    return dict(output_std=f'{outputs.std():.2f}', **figures)
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    lines = ['| Family in timm | Models with SE | Lifted | Compared | Difference, float32 | Refused: the layer is a |',
+             '|---|--:|--:|---|--:|---|']
+    for row in rows:
+        compared = f'`{row["compared"]}`' if row['compared'] else ''
+        lines.append(f'| `{row["family"]}` | {row["models_with_se"]} | {row["lifted"]} | {compared} '
+                     f'| {row["max_difference_float32"]} | {row["why_refused"]} |')
+    return '\n'.join(lines)
+
+
+def main() -> None:
+    args = parse_args()
+    if not args.table:
+        families = args.family or [family for family in timm.list_modules() if family not in MODEL_MODULES]
+        unknown = [family for family in families if family not in timm.list_modules()]
+        if unknown:
+            raise UserError(f'timm has no module {unknown[0]!r}; its modules: {", ".join(timm.list_modules())}')
+        rows = [row for family in tqdm(families) if (row := try_family(family)) is not None]
+        temporary = args.out.with_suffix('.tmp')
+        with temporary.open('w', newline='') as f:
+            writer = csv.DictWriter(f, COLUMNS, lineterminator='\n')
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, args.out)
+    if not args.out.is_file():
+        raise UserError(f'{args.out} does not exist; run without --table to write it')
+    with args.out.open(newline='') as f:
+        print(markdown(list(csv.DictReader(f))))
+
+
+if __name__ == '__main__':
+    run(main)
