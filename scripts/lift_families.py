@@ -28,7 +28,7 @@ COLUMNS = (
     'family', 'models_with_se', 'lifted', 'compared', 'se_layers', 'params_before', 'params_after',
     'output_std', 'max_difference_float32', 'max_difference_float64', 'why_refused',
 )
-TOLERANCE = 1e-5  # in units of the outputs' standard deviation, which the random weights make about 1
+TOLERANCE = 1e-5  # in double: in single precision rounding alone differs by about as much in the deepest models
 
 
 def parse_args() -> argparse.Namespace:
@@ -80,19 +80,21 @@ def compare(name: str) -> dict[str, str]:
     for dtype in (torch.float32, torch.float64):
         outputs = before.to(dtype)(images.to(dtype))
         difference = (after.to(dtype)(images.to(dtype)) - outputs).abs().max().item()
-        if not difference <= TOLERANCE * outputs.std().item():
-            raise UserError(f'{name}: lifted, its outputs differ by {difference:.3g}, in {dtype}')
         figures[f'max_difference_{str(dtype).removeprefix("torch.")}'] = f'{difference:.1e}'
+    if not difference <= TOLERANCE:
+        raise UserError(f'{name}: lifted, its outputs differ by {difference:.3g} in double precision')
     return dict(output_std=f'{outputs.std():.2f}', **figures)
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    lines = ['| Family in timm | Models with SE | Lifted | Compared | Difference, float32 | Refused: the layer is a |',
-             '|---|--:|--:|---|--:|---|']
+    lines = ['| Family in timm | With SE | Lifted | Compared | Output std | Largest difference: float32 | float64 '
+             '| Refused: its layer is a |',
+             '|---|--:|--:|---|--:|--:|--:|---|']
     for row in rows:
         compared = f'`{row["compared"]}`' if row['compared'] else ''
         lines.append(f'| `{row["family"]}` | {row["models_with_se"]} | {row["lifted"]} | {compared} '
-                     f'| {row["max_difference_float32"]} | {row["why_refused"]} |')
+                     f'| {row["output_std"]} | {row["max_difference_float32"]} | {row["max_difference_float64"]} '
+                     f'| {row["why_refused"]} |')
     return '\n'.join(lines)
 
 
