@@ -237,7 +237,7 @@ def test_inference_and_benchmark(image_folder, seanet, tmp_path):
 
     result = run_script(
         'benchmark', '--model', 'senetv2_resnet20', *CPU, '--batch-size', '2', '--bench', 'inference',
-        '--num-warm-iter', '1', '--num-bench-iter', '1')
+        '--num-warm-iter', '1', '--num-bench-iter', '5')
     assert json.loads(result.stdout.split('--result')[1])['infer_samples_per_sec'] > 0
 
 
