@@ -364,8 +364,7 @@ def test_lifted_weights_come_out_the_same_every_time(as_default_hub, tmp_path, m
 
 def test_source_that_the_hub_does_not_have_is_a_clear_error(as_default_hub, tmp_path, monkeypatch, naps):
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
-    with pytest.raises(hub.HubError, match=(
-            'could not load the weights of senextv2_26t_32x4d.se_bt_in1k: timm/seresnext26t_32x4d.bt_in1k is not there')):
+    with pytest.raises(hub.HubError, match='could not load .*: timm/seresnext26t_32x4d.bt_in1k is not there'):
         hub.build('senextv2_26t_32x4d', tag='se_bt_in1k')
     assert not naps
 
