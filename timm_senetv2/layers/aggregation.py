@@ -8,8 +8,6 @@ from torch import nn
 
 from ._checks import check_positive_int
 
-_OPS = ('sum', 'mean', 'max')
-
 
 def _check_groups(channels: int, factor: int) -> None:
     if channels % factor != 0:
@@ -26,6 +24,8 @@ class ChannelAggregation(nn.Module):
     The slides name sum, mean and max; the published weights use the sum over groups of 4.
     """
 
+    OPS = ('sum', 'mean', 'max')
+
     def __init__(self, factor: int = 4, op: str = 'sum') -> None:
         """
         Args:
@@ -38,8 +38,8 @@ class ChannelAggregation(nn.Module):
         """
         super().__init__()
         check_positive_int('factor', factor)
-        if op not in _OPS:
-            raise ValueError(f'op must be one of {", ".join(_OPS)}, got {op!r}')
+        if op not in self.OPS:
+            raise ValueError(f'op must be one of {", ".join(self.OPS)}, got {op!r}')
         self.factor = factor
         self.op = op
 

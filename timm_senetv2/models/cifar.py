@@ -18,7 +18,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models.resnet import BasicBlock, downsample_conv
 from torch import nn
 
-from ..layers import ChannelAggregation, SqueezeAggregatedExcitation
+from ..layers import ChannelAggregation
+from ..layers._checks import check_positive_int
+from ._options import sae_layer
 from ._pretrained import lift_state_dict
 from ._registry import register_model
 from .blocks import SaEBasicBlock
@@ -69,10 +71,12 @@ class CifarResNet(Trunk32):
         """
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f'depth must be 6n + 2 with n of at least 1, got {depth}')
-        if sae_cardinality < 0:
-            raise ValueError(f'sae_cardinality must be 0 (no attention) or more, got {sae_cardinality}')
         if aggregate_after not in ('stage', 'block'):
             raise ValueError(f"aggregate_after must be 'stage' or 'block', got {aggregate_after!r}")
+        check_positive_int('aggregation_factor', aggregation_factor)
+        if aggregation_op not in ChannelAggregation.OPS:
+            raise ValueError(
+                f'aggregation_op must be one of {", ".join(ChannelAggregation.OPS)}, got {aggregation_op!r}')
         for width in widths:
             if width % aggregation_factor:
                 raise ValueError(f'aggregation_factor must divide the widths {tuple(widths)}, got {aggregation_factor}')
@@ -80,15 +84,8 @@ class CifarResNet(Trunk32):
         n = (depth - 2) // 6
         drop_rates = iter(calculate_drop_path_rates(drop_path_rate, 3 * n))
         aggregation = partial(ChannelAggregation, aggregation_factor, aggregation_op)
-        if sae_cardinality:
-            block = partial(SaEBasicBlock, attn_layer=partial(
-                SqueezeAggregatedExcitation,
-                reduction=sae_reduction,
-                cardinality=sae_cardinality,
-                add_identity=sae_add_identity,
-            ))
-        else:
-            block = BasicBlock
+        block = BasicBlock if sae_cardinality == 0 else partial(
+            SaEBasicBlock, attn_layer=sae_layer(sae_reduction, sae_cardinality, sae_add_identity))
 
         def stages(in_width: int, dd: dict[str, Any]) -> list[tuple[nn.Sequential, int]]:
             built = []

@@ -5,7 +5,6 @@ Paper: `SENetV2: Aggregated dense layer for channelwise and global representatio
 The layer sits where timm's ResNets put `se`: after the last norm of the residual branch, before the shortcut is added.
 That placement gives the parameter counts the author publishes.
 """
-from functools import partial
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -13,7 +12,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models.resnet import ResNet
 from torch import nn
 
-from ..layers import SqueezeAggregatedExcitation
+from ._options import sae_layer
 from ._pretrained import lift_state_dict, lifted_cfgs
 from ._registry import register_model
 from .blocks import SaEBasicBlock, SaEBottleneck
@@ -97,14 +96,10 @@ def _create_senetv2(
         **kwargs: timm's, for `build_model_with_cfg` and `ResNet`.
 
     Raises:
+        ValueError: An option out of its range; names option and value.
         RuntimeError: Pretrained weights that do not fit; see `lift_state_dict`.
     """
-    attn_layer = partial(
-        SqueezeAggregatedExcitation,
-        reduction=sae_reduction,
-        cardinality=sae_cardinality,
-        add_identity=sae_add_identity,
-    )
+    attn_layer = sae_layer(sae_reduction, sae_cardinality, sae_add_identity)
     block_args = dict(attn_layer=attn_layer, **kwargs.pop('block_args', {}))
     return build_model_with_cfg(
         ResNet, variant, pretrained, block_args=block_args, pretrained_filter_fn=lift_state_dict, **kwargs)

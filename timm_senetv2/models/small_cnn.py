@@ -3,13 +3,12 @@
 The comparison of a Keras repository that trained a small CNN on CIFAR-10 with and without SE blocks. Its layers are not
 published; this is a 3x3 stem and three stages of widths 32, 64, 128.
 """
-from functools import partial
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import nn
 
-from ..layers import SqueezeAggregatedExcitation
+from ._options import sae_layer
 from ._pretrained import lift_state_dict
 from ._registry import register_model
 from .cifar import _cfg
@@ -19,7 +18,8 @@ __all__ = ['SmallCNN']  # register_model adds each entry function
 
 
 class SmallCNN(Trunk32):
-    """A 3x3 stem and three stages of 3x3 conv, norm, ReLU, with attention after the last conv of each stage."""
+    """A 3x3 stem and three stages of 3x3 conv, norm, ReLU, with attention at the end of each stage."""
+    checkpoint_whole_stages = True
 
     def __init__(
             self,
@@ -40,14 +40,7 @@ class SmallCNN(Trunk32):
         Raises:
             ValueError: An argument out of its range; names argument and value.
         """
-        if sae_cardinality < 0:
-            raise ValueError(f'sae_cardinality must be 0 (no attention) or more, got {sae_cardinality}')
-        attn_layer = partial(
-            SqueezeAggregatedExcitation,
-            reduction=sae_reduction,
-            cardinality=sae_cardinality,
-            add_identity=sae_add_identity,
-        ) if sae_cardinality else None
+        attn_layer = sae_layer(sae_reduction, sae_cardinality, sae_add_identity) if sae_cardinality != 0 else None
 
         def stages(in_width: int, dd: dict[str, Any]) -> list[tuple[nn.Sequential, int]]:
             built = []

@@ -32,6 +32,7 @@ class Trunk32(nn.Module):
     A subclass builds the stages; stage i keeps the resolution of the one before it (i = 1) or halves it (i = 2, 3).
     Features are NCHW at reductions 1 (stem), 1, 2 and 4.
     """
+    checkpoint_whole_stages = False  # True where the modules of a stage work in place on each other's outputs
 
     def __init__(
             self,
@@ -91,8 +92,12 @@ class Trunk32(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade compute for memory: recompute each block's activations in the backward pass."""
+        """Trade compute for memory: recompute the activations of each block or stage in the backward pass."""
         self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def _checkpointed(self, stage: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint_seq(stage, x, every=max(1, len(stage)) if self.checkpoint_whole_stages else 1)
 
     @torch.jit.ignore
     def get_classifier(self, name_only: bool = False) -> str | nn.Module:
@@ -146,7 +151,7 @@ class Trunk32(nn.Module):
             intermediates.append(x)
         for index, name in enumerate(STAGES[:max_index] if stop_early else STAGES, start=1):
             stage = getattr(self, name)
-            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
+            x = self._checkpointed(stage, x) if self.grad_checkpointing else stage(x)
             if index in take_indices:
                 intermediates.append(x)
         return intermediates if intermediates_only else (x, intermediates)
@@ -183,7 +188,8 @@ class Trunk32(nn.Module):
         x = self.bn1(x)
         x = self.act1(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq([self.layer1, self.layer2, self.layer3], x, flatten=True)
+            for name in STAGES:
+                x = self._checkpointed(getattr(self, name), x)
         else:
             x = self.layer1(x)
             x = self.layer2(x)
