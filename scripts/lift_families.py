@@ -63,7 +63,8 @@ def try_family(family: str) -> dict[str, object] | None:
     if lifted:
         smallest = min(lifted, key=lambda name: lifted[name]['params_before'])
         row.update(compared=smallest, **lifted[smallest], **compare(smallest))
-    row['why_refused'] = '; '.join(dict.fromkeys(text.partition(': ')[2] for text in refused.values()))
+    reasons = {text.split(' is a ', 1)[1]: None for text in refused.values()}
+    row['why_refused'] = '; '.join(reasons)
     return row
 
 
@@ -72,7 +73,7 @@ def compare(name: str) -> dict[str, str]:
     """Build the model with random weights and compare its outputs before and after the lift."""
     torch.manual_seed(0)
     before = timm.create_model(name)
-    images = torch.randn(4, *resolve_model_data_config(before)['input_size'])
+    images = torch.randn(2, *resolve_model_data_config(before)['input_size'])
     randomize(before, images)
     after = lift(copy.deepcopy(before))
     figures = {}
@@ -87,7 +88,7 @@ def compare(name: str) -> dict[str, str]:
 
 def markdown(rows: list[dict[str, str]]) -> str:
     lines = ['| Family in timm | With SE | Lifted | Compared | Output std | Largest difference: float32 | float64 '
-             '| Refused where |',
+             '| Refused: its layer is a |',
              '|---|--:|--:|---|--:|--:|--:|---|']
     for row in rows:
         compared = f'`{row["compared"]}`' if row['compared'] else ''
