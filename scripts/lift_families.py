@@ -63,8 +63,7 @@ def try_family(family: str) -> dict[str, object] | None:
     if lifted:
         smallest = min(lifted, key=lambda name: lifted[name]['params_before'])
         row.update(compared=smallest, **lifted[smallest], **compare(smallest))
-    reasons = {text.split(' is a ', 1)[1]: None for text in refused.values()}
-    row['why_refused'] = '; '.join(reasons)
+    row['why_refused'] = '; '.join(dict.fromkeys(text.partition(': ')[2] for text in refused.values()))
     return row
 
 
@@ -73,7 +72,7 @@ def compare(name: str) -> dict[str, str]:
     """Build the model with random weights and compare its outputs before and after the lift."""
     torch.manual_seed(0)
     before = timm.create_model(name)
-    images = torch.randn(2, *resolve_model_data_config(before)['input_size'])
+    images = torch.randn(4, *resolve_model_data_config(before)['input_size'])
     randomize(before, images)
     after = lift(copy.deepcopy(before))
     figures = {}
@@ -88,7 +87,7 @@ def compare(name: str) -> dict[str, str]:
 
 def markdown(rows: list[dict[str, str]]) -> str:
     lines = ['| Family in timm | With SE | Lifted | Compared | Output std | Largest difference: float32 | float64 '
-             '| Refused: its layer is a |',
+             '| Refused where |',
              '|---|--:|--:|---|--:|--:|--:|---|']
     for row in rows:
         compared = f'`{row["compared"]}`' if row['compared'] else ''
