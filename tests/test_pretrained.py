@@ -14,6 +14,8 @@ from timm.layers import SEModule
 from timm.models import get_pretrained_cfg, save_for_hf
 
 from timm_senetv2.layers import SqueezeAggregatedExcitation
+from timm_senetv2.models import _pretrained
+from timm_senetv2.models._pretrained import lifted_cfgs, shipped_cfgs
 
 ROWS = list(csv.DictReader((Path(__file__).parents[1] / 'results' / 'lift_sources.csv').open()))
 SOURCES = list(dict.fromkeys((row['model'], row['source_on_the_hub'].removeprefix('timm/')) for row in ROWS))
@@ -74,11 +76,16 @@ def test_config_is_that_of_the_source(model, source):
 
 
 def test_source_that_timm_lacks_is_left_out():
-    from timm_senetv2.models._pretrained import lifted_cfgs
-
     names = ('seresnet50.no_such_tag', 'no_such_model.x', 'seresnet18.untrained', 'seresnet50.a1_in1k')
     cfgs = lifted_cfgs({'a': names})
     assert list(cfgs) == ['a.se_a1_in1k']
+
+
+def test_shipped_weights_are_a_tag_where_the_file_is(monkeypatch, tmp_path):
+    monkeypatch.setattr(_pretrained, '_WEIGHTS_DIR', tmp_path)
+    (tmp_path / 'a.fmnist.safetensors').touch()
+    cfgs = shipped_cfgs(('a', 'b'), 'fmnist', dict(num_classes=10))
+    assert cfgs == {'a.fmnist': dict(num_classes=10, file=str(tmp_path / 'a.fmnist.safetensors'))}
 
 
 def test_every_model_has_a_config_without_weights_too():

@@ -21,7 +21,7 @@ from torch import nn
 from ..layers import ChannelAggregation
 from ..layers._checks import check_positive_int
 from ._options import sae_layer
-from ._pretrained import lift_state_dict
+from ._pretrained import lift_state_dict, shipped_cfgs
 from ._registry import register_model
 from .blocks import SaEBasicBlock
 from .trunk32 import Trunk32
@@ -119,10 +119,20 @@ def _cfg(**kwargs) -> dict[str, Any]:
     }
 
 
+_FASHION_MNIST = _cfg(
+    mean=(0.2860,) * 3,
+    std=(0.3530,) * 3,
+    label_names=(
+        'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot'),
+)
+
 default_cfgs = generate_default_cfgs({
-    f'{family}{depth}.untrained': _cfg()
-    for family in ('cifar_resnet', 'cifar_seresnet', 'senetv2_resnet', 'seanet')
-    for depth in (20, 32, 44, 56, 110)
+    **shipped_cfgs(('cifar_resnet20', 'cifar_seresnet20', 'senetv2_resnet20'), 'fmnist', _FASHION_MNIST),
+    **{
+        f'{family}{depth}.untrained': _cfg()
+        for family in ('cifar_resnet', 'cifar_seresnet', 'senetv2_resnet', 'seanet')
+        for depth in (20, 32, 44, 56, 110)
+    },
 })
 
 
