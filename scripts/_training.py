@@ -23,6 +23,7 @@ from _profile import Profile, count
 from _report import read_csv, write_csv
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler
 from tqdm import tqdm
 
@@ -89,6 +90,34 @@ HISTORY = ('epoch', 'lr', 'train_loss', 'test_loss', 'accuracy', 'seconds', 'tra
            'data_wait_seconds', 'peak_memory_mib')
 
 
+def make_optimizer(
+        model: torch.nn.Module,
+        settings: Settings,
+        updates: int,
+) -> tuple[torch.optim.Optimizer, Scheduler | None]:
+    """timm's optimizer and scheduler for `updates` steps an epoch."""
+    optimizer = create_optimizer_v2(
+        model,
+        opt=settings.opt,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        momentum=0.9,
+        filter_bias_and_bn=not settings.decay_norms,
+    )
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        settings.sched,
+        num_epochs=settings.epochs,
+        decay_epochs=80,
+        decay_rate=0.1,
+        warmup_lr=settings.lr / 100,
+        warmup_epochs=0.2 * settings.epochs if settings.sched == 'cosine' else 0,
+        step_on_epochs=settings.sched != 'cosine',
+        updates_per_epoch=updates,
+    )
+    return optimizer, scheduler
+
+
 def train(
         spec: ModelSpec,
         seed: int,
@@ -108,26 +137,8 @@ def train(
     if settings.channels_last:
         model.to(memory_format=torch.channels_last)
     training, test = batches.of(model)
-    optimizer = create_optimizer_v2(
-        model,
-        opt=settings.opt,
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        momentum=0.9,
-        filter_bias_and_bn=not settings.decay_norms,
-    )
     updates = len(training)
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        settings.sched,
-        num_epochs=settings.epochs,
-        decay_epochs=80,
-        decay_rate=0.1,
-        warmup_lr=settings.lr / 100,
-        warmup_epochs=0.2 * settings.epochs if settings.sched == 'cosine' else 0,
-        step_on_epochs=settings.sched != 'cosine',
-        updates_per_epoch=updates,
-    )
+    optimizer, scheduler = make_optimizer(model, settings, updates)
     scaler = NativeScaler(device=device.type) if settings.amp == 'float16' else None
     ema = ModelEmaV3(model, decay=settings.ema_decay, use_warmup=True) if settings.ema_decay else None
 

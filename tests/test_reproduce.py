@@ -1,0 +1,363 @@
+import csv
+import math
+import os
+import re
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reproduce
+import timm
+import torch
+from _batches import Batches, LoaderBatches, MemoryBatches, Settings
+from _cli import UserError
+from _data import ArrayImages, load_dataset
+from _report import paired_difference, read_csv, table
+from _training import make_optimizer, parse_specs
+from PIL import Image
+from scipy.optimize import brentq
+from scipy.special import betainc
+from timm.data import create_transform
+from timm.utils import CheckpointSaver
+
+SCRIPT = Path(reproduce.__file__)
+DIGITS = ['--dataset', 'digits', '--image-size', '8', '--crop-padding', '1', '--batch-size', '16']
+SMALL = [*DIGITS, '--limit', '48', '--models', 'small_cnn', 'small_saecnn:sae_reduction=8', '--device', 'cpu']
+MEASURED = ('seconds', 'images_per_second', 'data_wait_share', 'peak_memory_mib', 'command')
+
+
+def rows(out: Path, name: str = 'results.csv') -> list[dict[str, str]]:
+    with (out / name).open(newline='') as file:
+        return [{k: v for k, v in row.items() if k not in MEASURED} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory) -> Path:
+    """Two models, two seeds, three epochs, never interrupted."""
+    out = tmp_path_factory.mktemp('finished')
+    reproduce.main([*SMALL, '--seeds', '0', '1', '--epochs', '3', '--out', str(out), '--save-weights'])
+    return out
+
+
+def test_one_row_a_run_with_final_and_best_accuracy(finished):
+    results, curves = rows(finished), rows(finished, 'curves.csv')
+    assert [(row['model'], row['seed']) for row in results] == [
+        (model, seed) for seed in '01' for model in ('small_cnn', 'small_saecnn:sae_reduction=8')]
+    for row in results:
+        epochs = [float(c['accuracy']) for c in curves if c['run'] == row['run']]
+        assert len(epochs) == 3
+        assert float(row['accuracy']) == epochs[-1]
+        assert float(row['best_accuracy']) == max(epochs)
+        assert epochs[int(row['best_epoch']) - 1] == max(epochs)
+    model = timm.create_model('small_saecnn', sae_reduction=8)
+    assert int(results[1]['parameters']) == sum(p.numel() for p in model.parameters())
+    assert results[0]['torch'] == torch.__version__
+
+
+def test_saved_weights_have_the_accuracy_that_was_written_down(finished):
+    data = load_dataset('digits', limit=48)
+    transform = create_transform((3, 8, 8), mean=data.mean, std=data.std, interpolation='bilinear', crop_pct=1.)
+    images = torch.stack([transform(image) for image, _ in data.test])
+    for row in rows(finished):
+        spec, = parse_specs(row['model'])
+        model = spec.create(10).eval()
+        timm.models.load_checkpoint(model, str(finished / 'weights' / f'{row["run"]}.safetensors'))
+        with torch.inference_mode():
+            correct = (model(images).argmax(1) == torch.tensor(data.test.targets)).float().mean().item()
+        assert 100 * correct == pytest.approx(float(row['accuracy']), abs=1e-3)
+
+
+def test_a_seed_repeats_itself_and_two_seeds_differ(finished, tmp_path):
+    reproduce.main([*SMALL, '--seeds', '1', '--epochs', '3', '--out', str(tmp_path)])
+    assert rows(tmp_path) == [row for row in rows(finished) if row['seed'] == '1']
+    curves = rows(finished, 'curves.csv')
+    assert rows(tmp_path, 'curves.csv') == [row for row in curves if row['seed'] == '1']
+    losses = {seed: [row['train_loss'] for row in curves if row['seed'] == seed] for seed in '01'}
+    assert not set(losses['0']) & set(losses['1'])
+
+
+def test_finished_runs_are_not_repeated(finished, monkeypatch):
+    monkeypatch.setattr(reproduce, 'train', lambda *_: pytest.fail('trained again'))
+    before = rows(finished)
+    reproduce.main([*SMALL, '--seeds', '0', '1', '--epochs', '3', '--out', str(finished)])
+    assert rows(finished) == before
+
+
+@pytest.mark.parametrize('extra', [[], ['--ema-decay', '0.9', '--amp']])
+@pytest.mark.parametrize('moment', ['before the checkpoint', 'between unlink and rename', 'after the checkpoint'])
+def test_interrupted_and_started_again_equals_uninterrupted(tmp_path, monkeypatch, moment, extra):
+    arguments = [*SMALL, '--epochs', '3', '--seeds', '0', *extra, '--out']
+    reproduce.main([*arguments, str(tmp_path / 'whole')])
+
+    save, calls = CheckpointSaver.save_checkpoint, []
+
+    def interrupted(saver, epoch, metric):
+        calls.append(epoch)
+        if len(calls) == 5:  # the second epoch of the second run
+            if moment == 'after the checkpoint':
+                save(saver, epoch, metric)
+            elif moment == 'between unlink and rename':
+                save(saver, epoch, metric)
+                folder = Path(saver.checkpoint_dir)
+                os.replace(folder / 'last.pth.tar', folder / 'tmp.pth.tar')
+            raise KeyboardInterrupt
+        return save(saver, epoch, metric)
+
+    monkeypatch.setattr(CheckpointSaver, 'save_checkpoint', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.main([*arguments, str(tmp_path / 'parts')])
+    assert rows(tmp_path / 'parts') == rows(tmp_path / 'whole')[:1]
+    reproduce.main([*arguments, str(tmp_path / 'parts')])
+    assert calls[5:] == ([1, 2] if moment == 'before the checkpoint' else [2])
+    assert rows(tmp_path / 'parts') == rows(tmp_path / 'whole')
+    assert rows(tmp_path / 'parts', 'curves.csv') == rows(tmp_path / 'whole', 'curves.csv')
+
+
+def test_killed_and_started_again_equals_uninterrupted(finished, tmp_path):
+    arguments = [*SMALL, '--seeds', '0', '1', '--epochs', '3', '--out', str(tmp_path), '--save-weights']
+    process = subprocess.Popen([sys.executable, str(SCRIPT), *arguments], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not list(tmp_path.glob('runs/small_saecnn*/history.csv')) and not (tmp_path / 'table.md').exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reproduce.main(arguments)
+    assert rows(tmp_path) == rows(finished)
+    assert rows(tmp_path, 'curves.csv') == rows(finished, 'curves.csv')
+
+
+def settings(**changes) -> Settings:
+    arguments = reproduce.parse_args(['--models', 'small_cnn', '--dataset', 'digits', '--out', 'x', '--device', 'cpu'])
+    return Settings(**{**vars(reproduce.settings_of(arguments)), **changes})
+
+
+def test_batches_from_memory_are_crops_and_flips_of_every_image_once():
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.integers(1, 256, (10, 6, 6, 3), dtype=np.uint8))
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    batches = MemoryBatches(
+        images, torch.arange(10), settings(batch_size=5, crop_padding=2, hflip=True), mean, std, training=True)
+    shift = torch.tensor(mean).view(3, 1, 1)
+    scale = torch.tensor(std).view(3, 1, 1)
+    seen, moved, flipped = [], 0, 0
+    for epoch in range(4):
+        for batch, targets in batches.batches(epoch):
+            for image, target in zip(batch, targets, strict=True):
+                padded = torch.nn.functional.pad(images[target].permute(2, 0, 1), (2, 2, 2, 2))
+                crops = {
+                    (y, x, flip): (crop.flip(2) if flip else crop)
+                    for y in range(5) for x in range(5) for flip in (False, True)
+                    for crop in [padded[:, y:y + 6, x:x + 6]]
+                }
+                found = [
+                    key for key, crop in crops.items()
+                    if torch.allclose(image, (crop / 255 - shift) / scale, atol=1e-5)]
+                assert len(found) == 1
+                moved += found[0][:2] != (2, 2)
+                flipped += found[0][2]
+                seen.append(target.item())
+        assert sorted(seen[-10:]) == list(range(10))
+    assert moved > 20 and 5 < flipped < 35
+    assert seen[:10] != seen[10:20]
+
+
+def test_test_batches_are_what_timms_transform_gives():
+    data = load_dataset('digits', limit=20)
+    batches = Batches(data, settings(image_size=20, batch_size=8), workers=0)
+    _, test = batches.of(timm.create_model('small_cnn'))
+    transform = create_transform((3, 20, 20), mean=data.mean, std=data.std, interpolation='bilinear', crop_pct=1.)
+    expected = torch.stack([transform(image) for image, _ in ArrayImages(data.test.images, data.test.targets)])
+    torch.testing.assert_close(torch.cat([images for images, _ in test.batches(0)]), expected)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    rng = np.random.default_rng(0)
+    for split, count in (('train', 6), ('val', 2)):
+        for label in ('ant', 'bee'):
+            (tmp_path / 'images' / split / label).mkdir(parents=True)
+            for i in range(count):
+                image = Image.fromarray(rng.integers(256, size=(12, 14, 3), dtype=np.uint8))
+                image.save(tmp_path / 'images' / split / label / f'{i}.png')
+    return tmp_path / 'images'
+
+
+def test_an_image_folder_trains_through_timms_loader_and_resumes(folder, tmp_path, monkeypatch):
+    arguments = ['--dataset', str(folder), '--image-size', '8', '--models', 'small_cnn', '--epochs', '2',
+                 '--workers', '0', '--device', 'cpu', '--out']
+    used = []
+    init = LoaderBatches.__init__
+    monkeypatch.setattr(LoaderBatches, '__init__', lambda self, *args: (used.append(self), init(self, *args))[1])
+    reproduce.main([*arguments, str(tmp_path / 'whole')])
+    assert len(used) == 2
+    save = CheckpointSaver.save_checkpoint
+
+    def interrupted(saver, epoch, metric):
+        save(saver, epoch, metric)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointSaver, 'save_checkpoint', interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            reproduce.main([*arguments, str(tmp_path / 'parts')])
+    reproduce.main([*arguments, str(tmp_path / 'parts')])
+    assert rows(tmp_path / 'parts', 'curves.csv') == rows(tmp_path / 'whole', 'curves.csv')
+
+
+def test_protocols_are_the_papers():
+    def built(protocol: str):
+        args = reproduce.parse_args(
+            ['--models', 'small_cnn', '--dataset', 'cifar10', '--out', 'x', '--protocol', protocol])
+        chosen = reproduce.settings_of(args)
+        model = timm.create_model('cifar_resnet20')
+        return chosen, make_optimizer(model, chosen, updates=10)
+
+    chosen, (optimizer, scheduler) = built('seanet')
+    assert (chosen.epochs, chosen.batch_size, chosen.crop_padding, chosen.hflip) == (200, 64, 4, True)
+    assert type(optimizer) is torch.optim.SGD
+    assert {(g['momentum'], g['weight_decay'], g['nesterov']) for g in optimizer.param_groups} == {(0.9, 1e-4, False)}
+    rates = []
+    for epoch in range(200):
+        scheduler.step(epoch)
+        rates.append(optimizer.param_groups[0]['lr'])
+    assert rates == pytest.approx([0.1] * 80 + [0.01] * 80 + [0.001] * 40)
+
+    chosen, (optimizer, scheduler) = built('senetv2')
+    assert isinstance(optimizer, torch.optim.Adam) and chosen.label_smoothing == 0 and scheduler is None
+
+    chosen, (optimizer, scheduler) = built('modern')
+    assert optimizer.param_groups[0]['nesterov'] and chosen.label_smoothing > 0
+    rates = []
+    for update in range(10 * chosen.epochs):
+        scheduler.step_update(update)
+        rates.append(optimizer.param_groups[0]['lr'])
+    top = rates.index(max(rates))
+    assert top == pytest.approx(0.2 * len(rates), abs=1) and max(rates) == pytest.approx(0.1, rel=0.05)
+    assert rates[:top + 1] == sorted(rates[:top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
+    assert rates[-1] < 1e-3
+
+
+def test_specs_expand_to_their_grid():
+    assert [str(s) for s in parse_specs('senetv2_resnet20:sae_cardinality=1|2,sae_reduction=8')] == [
+        'senetv2_resnet20:sae_cardinality=1,sae_reduction=8', 'senetv2_resnet20:sae_cardinality=2,sae_reduction=8']
+    spec, = parse_specs('cifar_resnet20:widths=[8, 16,32],aggregation_op=max')
+    assert dict(spec.options) == {'widths': [8, 16, 32], 'aggregation_op': 'max'}
+    assert spec.create(10).num_features == 32
+
+
+def students_quantile(p: float, degrees: int) -> float:
+    """Where Student's t distribution function is p > 1/2, by the incomplete beta function."""
+    return brentq(lambda t: 1 - 0.5 * betainc(degrees / 2, 0.5, degrees / (degrees + t * t)) - p, 0, 1000)
+
+
+def test_paired_difference_agrees_with_an_independent_computation():
+    a = {'0': 91.2, '1': 90.4, '2': 92.0, '3': 91.1, '9': 12.0}
+    b = {'3': 90.0, '1': 90.6, '2': 90.9, '0': 90.1, '7': 55.0}
+    d = [a[s] - b[s] for s in '0123']
+    mean = sum(d) / 4
+    half = students_quantile(0.975, 3) * statistics.stdev(d) / math.sqrt(4)
+    result = paired_difference(a, b)
+    assert (result.mean, result.low, result.high) == pytest.approx((mean, mean - half, mean + half), abs=1e-9)
+    assert result.pairs == 4
+    assert students_quantile(0.975, 3) == pytest.approx(3.182446, abs=1e-5)  # as printed in any table
+
+
+def test_paired_difference_of_equal_runs_one_seed_and_none():
+    assert str(paired_difference({'0': 90., '1': 91.}, {'0': 90., '1': 91.})) == '+0.00 [+0.00, +0.00]'
+    assert str(paired_difference({'0': 90.}, {'0': 91.})) == '-1.00 (one seed)'
+    assert str(paired_difference({'0': 90.}, {'1': 91.})) == 'no seed in common'
+
+
+def test_table_and_plots_are_made_from_the_rows(finished):
+    text = (finished / 'table.md').read_text()
+    by_model = {}
+    for row in rows(finished):
+        by_model.setdefault(row['model'], []).append(float(row['accuracy']))
+    for model, accuracy in by_model.items():
+        assert re.search(
+            rf'`{model}` .* \| {statistics.mean(accuracy):.2f} ± {statistics.stdev(accuracy):.2f} \|', text)
+    assert 'best epoch' in text and str(finished) in text
+    for name in ('accuracy_vs_parameters.png', 'curves.png'):
+        assert Image.open(finished / name).width > 500
+    assert table(read_csv(finished / 'results.csv', reproduce.RESULTS), 'small_cnn') in text
+
+
+@pytest.mark.parametrize('change, says', [
+    (['--protocol', 'imagenet'], "unknown protocol 'imagenet': choose seanet"),
+    (['--models', 'senetv2_resnet21'], "unknown model 'senetv2_resnet21'; did you mean senetv2_resnet"),
+    (['--models', 'small_cnn:sae_cardinality'], 'expected key=value'),
+    (['--models', 'small_cnn:sae_cardinality=-1'], 'sae_cardinality must be 0'),
+    (['--models', 'small_cnn:colour=1'], "unexpected keyword argument 'colour'"),
+    (['--models', 'vit_tiny_patch16_224'], 'cannot take images of 8 x 8'),
+    (['--baseline', 'nothing'], "unknown model 'nothing'"),
+    (['--dataset', 'imagenet'], "unknown dataset 'imagenet'"),
+    (['--opt', 'sgdx'], "unknown optimizer 'sgdx'"),
+    (['--epochs', '0'], '--epochs must be at least 1'),
+    (['--lr', 'nan'], '--lr must be above 0'),
+    (['--ema-decay', '1'], '--ema-decay must be'),
+    (['--limit', '0'], 'limit of images'),
+    (['--dataset', 'fashion-mnist', '--data-dir', 'nowhere', '--no-download'], 'Fashion-MNIST is not in nowhere'),
+])
+def test_a_mistake_is_one_line_and_leaves_nothing_behind(tmp_path, monkeypatch, change, says):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        reproduce.main([*SMALL, '--out', 'out', *change])
+    assert says in str(error.value) and '\n' not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('name', ['results.csv', 'curves.csv'])
+@pytest.mark.parametrize('damage', [
+    lambda text: text.replace('format,', 'version,', 1),
+    lambda text: re.sub(r'^1,', '0,', text, flags=re.MULTILINE),
+    lambda text: text[:-len(text.splitlines()[-1]) // 2],
+])
+def test_results_of_another_version_are_refused_and_kept(finished, tmp_path, name, damage):
+    for file in ('results.csv', 'curves.csv'):
+        (tmp_path / file).write_bytes((finished / file).read_bytes())
+    (tmp_path / name).write_text(damage((finished / name).read_text()))
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(UserError, match=f'{name} was .*version.*another --out'):
+        reproduce.main([*SMALL, '--seeds', '0', '1', '--epochs', '3', '--out', str(tmp_path)])
+    assert (tmp_path / name).read_bytes() == before
+
+
+def test_a_file_in_place_of_the_folder_is_one_line(tmp_path):
+    (tmp_path / 'out').write_text('x')
+    with pytest.raises(UserError, match='cannot be made a folder'):
+        reproduce.main([*SMALL, '--out', str(tmp_path / 'out')])
+
+
+def test_a_full_disk_is_one_line_exit_code_2_and_finished_rows_stay(finished, tmp_path):
+    """A limit on the size of files stands in for the full disk: torch's writer fails the same way."""
+    for file in ('results.csv', 'curves.csv'):
+        (tmp_path / file).write_bytes((finished / file).read_bytes())
+    process = subprocess.run(
+        [sys.executable, str(SCRIPT), *SMALL, '--seeds', '2', '--epochs', '3', '--out', str(tmp_path)],
+        stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)))
+    assert process.returncode == 2
+    assert re.fullmatch(r'error: the checkpoint in .* cannot be written, probably the disk is full .*\n',
+                        process.stderr.splitlines(keepends=True)[-1])
+    assert 'Traceback' not in process.stderr
+    assert rows(tmp_path) == rows(finished)
+
+
+def test_a_damaged_image_is_named_and_finished_rows_stay(folder, tmp_path):
+    out = tmp_path / 'out'
+    arguments = ['--dataset', str(folder), '--image-size', '8', '--epochs', '1', '--workers', '0', '--device', 'cpu',
+                 '--out', str(out), '--models']
+    reproduce.main([*arguments, 'small_cnn'])
+    before = rows(out)
+    damaged = folder / 'val' / 'bee' / '1.png'
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(UserError, match=f'{damaged} cannot be read as an image'):
+        reproduce.main([*arguments, 'small_cnn', 'small_secnn'])
+    assert rows(out) == before
