@@ -53,31 +53,37 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
 
 @dataclass(frozen=True)
 class Difference:
-    """A paired difference in percentage points: mean over seeds, and the ends of its 95 % interval (NaN for one)."""
+    """A difference in percentage points, with the ends of its 95 % interval (NaN where there is none)."""
     mean: float
-    low: float
-    high: float
-    pairs: int
+    low: float = math.nan
+    high: float = math.nan
+    paired: bool = True
 
     def __str__(self) -> str:
-        if not self.pairs:
-            return 'no seed in common'
-        if self.pairs == 1:
-            return f'{self.mean:+.2f} (one seed)'
-        return f'{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}]'
+        interval = '(one seed)' if math.isnan(self.low) else f'[{self.low:+.2f}, {self.high:+.2f}]'
+        return f'{self.mean:+.2f} {interval}{"" if self.paired else " unpaired"}'
 
 
-def paired_difference(values: dict[str, float], baseline: dict[str, float]) -> Difference:
-    """Mean of values - baseline over the seeds (keys) both have, with Student's 95 % interval of that mean."""
+def difference(values: dict[str, float], baseline: dict[str, float]) -> Difference:
+    """Mean of values - baseline with the 95 % interval of that mean.
+
+    Paired over the seeds (keys) that both have, by Student's t. Where they have none in common, the difference of the
+    two means, by Welch's.
+    """
     seeds = [seed for seed in values if seed in baseline]
+    if not seeds:
+        a, b = list(values.values()), list(baseline.values())
+        mean = float(np.mean(a) - np.mean(b))
+        if min(len(a), len(b)) < 2:
+            return Difference(mean, paired=False)
+        interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+        return Difference(mean, float(interval.low), float(interval.high), paired=False)
     differences = np.array([values[seed] - baseline[seed] for seed in seeds])
-    if len(differences) == 0:
-        return Difference(math.nan, math.nan, math.nan, 0)
     mean = float(differences.mean())
-    if len(differences) == 1:
-        return Difference(mean, math.nan, math.nan, 1)
-    half = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
-    return Difference(mean, float(mean - half), float(mean + half), len(differences))
+    if len(seeds) == 1:
+        return Difference(mean)
+    half = float(stats.t.ppf(0.975, len(seeds) - 1) * stats.sem(differences))
+    return Difference(mean, mean - half, mean + half)
 
 
 def by_model(rows: list[Row]) -> dict[str, list[Row]]:
@@ -102,12 +108,12 @@ def table(rows: list[Row], baseline: str) -> str:
     ]
     for model, runs in models.items():
         accuracy = {row['seed']: float(row['accuracy']) for row in runs}
-        difference = 'baseline' if model == baseline else str(paired_difference(accuracy, reference))
+        gap = 'baseline' if model == baseline else str(difference(accuracy, reference)) if reference else ''
         name = model.replace('|', r'\|')
         lines.append(
             f'| `{name}` | {int(runs[0]["parameters"]):,} | {float(runs[0]["gmacs"]):.4f} | {len(runs)} '
             f'| {mean_sd(list(accuracy.values()))} | {mean_sd([float(row["best_accuracy"]) for row in runs])} '
-            f'| {np.mean([float(row["loss"]) for row in runs]):.4f} | {difference} |')
+            f'| {np.mean([float(row["loss"]) for row in runs]):.4f} | {gap} |')
     return '\n'.join(lines) + '\n'
 
 
@@ -121,7 +127,7 @@ def caption(rows: list[Row], baseline: str) -> str:
         f'{row["weight_decay"]}, batch {row["batch_size"]}, {row["epochs"]} epochs. Accuracy on the test images after '
         f'the last epoch, mean ± standard deviation over seeds; the best epoch is chosen on the test images, hence '
         f'optimistic. Difference: to `{baseline}` after the last epoch, paired by seed, with its 95 % interval '
-        f'(Student t).\n'
+        f'(Student t), or of other seeds and then marked as unpaired (Welch).\n'
     )
 
 

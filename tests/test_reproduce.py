@@ -18,7 +18,7 @@ import torch
 from _batches import Batches, LoaderBatches, MemoryBatches, Settings
 from _cli import UserError
 from _data import ArrayImages, load_dataset
-from _report import paired_difference, read_csv, table
+from _report import difference, read_csv, table
 from _training import make_optimizer, parse_specs
 from PIL import Image
 from scipy.optimize import brentq
@@ -263,16 +263,26 @@ def test_paired_difference_agrees_with_an_independent_computation():
     d = [a[s] - b[s] for s in '0123']
     mean = sum(d) / 4
     half = students_quantile(0.975, 3) * statistics.stdev(d) / math.sqrt(4)
-    result = paired_difference(a, b)
+    result = difference(a, b)
     assert (result.mean, result.low, result.high) == pytest.approx((mean, mean - half, mean + half), abs=1e-9)
-    assert result.pairs == 4
     assert students_quantile(0.975, 3) == pytest.approx(3.182446, abs=1e-5)  # as printed in any table
 
 
-def test_paired_difference_of_equal_runs_one_seed_and_none():
-    assert str(paired_difference({'0': 90., '1': 91.}, {'0': 90., '1': 91.})) == '+0.00 [+0.00, +0.00]'
-    assert str(paired_difference({'0': 90.}, {'0': 91.})) == '-1.00 (one seed)'
-    assert str(paired_difference({'0': 90.}, {'1': 91.})) == 'no seed in common'
+def test_difference_of_other_seeds_is_unpaired():
+    a, b = [91.2, 90.4, 92.0], [90.0, 90.6, 90.9, 90.1]
+    va, vb = statistics.variance(a) / 3, statistics.variance(b) / 4
+    degrees = (va + vb) ** 2 / (va ** 2 / 2 + vb ** 2 / 3)  # Welch-Satterthwaite
+    mean = statistics.mean(a) - statistics.mean(b)
+    half = students_quantile(0.975, degrees) * math.sqrt(va + vb)
+    result = difference(dict(zip('012', a, strict=True)), dict(zip('3456', b, strict=True)))
+    assert (result.mean, result.low, result.high) == pytest.approx((mean, mean - half, mean + half), abs=1e-9)
+    assert str(result).endswith('] unpaired')
+
+
+def test_difference_of_equal_runs_and_of_one_seed():
+    assert str(difference({'0': 90., '1': 91.}, {'0': 90., '1': 91.})) == '+0.00 [+0.00, +0.00]'
+    assert str(difference({'0': 90.}, {'0': 91.})) == '-1.00 (one seed)'
+    assert str(difference({'0': 90.}, {'1': 91.})) == '-1.00 (one seed) unpaired'
 
 
 def test_table_and_plots_are_made_from_the_rows(finished):
