@@ -14,6 +14,7 @@ import timm
 import torch
 from _profile import count
 from hub_server import HubServer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 
 from timm_senetv2 import hub
@@ -73,6 +74,21 @@ def push(server, folder, model, naps):
     return push
 
 
+@pytest.fixture
+def as_default_hub(server, monkeypatch):
+    """Let timm use the loopback Hub."""
+    monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', server.url)
+    template = server.url + '/{repo_id}/resolve/{revision}/{filename}'
+    monkeypatch.setattr('huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE', template)
+    return server
+
+
+def logits(model):
+    torch.manual_seed(7)
+    with torch.inference_mode():
+        return model.eval()(torch.randn(2, model.in_chans, 32, 32))
+
+
 def contents(folder):
     return {name: (folder / name).read_bytes() for name in hub.FILES}
 
@@ -120,11 +136,14 @@ def test_push_creates_a_private_repository_and_a_branch(server, push, folder):
     assert hub.load_line('me/x', pushed.revision).startswith("model = timm.create_model('hf-hub:me/x@v2'")
 
 
-def test_push_as_a_pull_request_leaves_the_branch_alone_and_is_not_proposed_twice(server, push, folder):
+def test_push_as_a_pull_request_leaves_the_branch_alone_and_is_not_proposed_twice(
+        as_default_hub, push, folder, model, tmp_path):
     first, second = push(create_pr=True), push(create_pr=True)
-    repo = server.model('me/x')
+    repo = as_default_hub.model('me/x')
     assert pushed_files(repo) == {} and pushed_files(repo, 'refs/pr/1') == contents(folder)
     assert len(repo.pull_requests) == 1
+    loaded = timm.create_model(f'hf-hub:me/x@{first.revision}', pretrained=True, cache_dir=tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
     assert (first.new, second.new) == (True, False)
     assert first.revision == second.revision == 'refs/pr/1'
 
@@ -148,27 +167,29 @@ def test_push_as_a_pull_request_leaves_the_branch_alone_and_is_not_proposed_twic
     ('GET', '/cdn/', dict(status=500)),
     ('HEAD', '/resolve/', dict(drop='before')),
 ], ids=lambda v: '-'.join(map(str, v.values())) if isinstance(v, dict) else v.strip('/').rpartition('/')[2])
-@pytest.mark.parametrize('create_pr', [False, True], ids=['commit', 'pr'])
-def test_push_gets_over_a_passing_fault_and_commits_once(server, push, folder, naps, method, path, fault, create_pr):
+def test_push_gets_over_a_passing_fault_and_commits_once(server, push, folder, naps, method, path, fault):
     injected = server.fault(method, path, **fault)
-    push(create_pr=create_pr)
+    push()
     repo = server.model('me/x')
     assert injected.hits == injected.times
-    assert pushed_files(repo, 'refs/pr/1' if create_pr else 'main') == contents(folder)
-    assert len(repo.commits) == 2 and len(repo.pull_requests) == create_pr
+    assert pushed_files(repo) == contents(folder) and len(repo.commits) == 2
     if 'headers' in fault:
         assert max(naps) >= 7  # the Hub's wish is obeyed
 
 
+def test_pull_request_whose_answer_was_lost_is_not_opened_twice(server, push, folder):
+    server.fault('POST', COMMIT, drop='after')
+    assert push(create_pr=True).revision == 'refs/pr/1'
+    repo = server.model('me/x')
+    assert pushed_files(repo, 'refs/pr/1') == contents(folder) and len(repo.pull_requests) == 1
+
+
 @pytest.mark.parametrize('method, path, fault, says', [
-    ('POST', COMMIT, dict(drop='before'), 'connection to the Hub failed'),
     ('POST', COMMIT, dict(drop='during'), 'connection to the Hub failed'),
-    ('PUT', PUT, dict(drop='before'), 'connection to the Hub failed'),
     ('PUT', PUT, dict(drop='during'), 'connection to the Hub failed'),
     ('POST', COMMIT, dict(status=429), 'fewer requests'),
     ('POST', COMMIT, dict(status=500), 'status 500'),
     ('POST', COMMIT, dict(status=403), 'no permission'),
-    ('POST', '/preupload/', dict(status=503), 'status 503'),
     ('PUT', PUT, dict(status=400), 'status 400'),
     ('POST', '/validate-yaml', dict(drop='before'), 'connection to the Hub failed'),
 ], ids=lambda v: '-'.join(map(str, v.values())) if isinstance(v, dict) else None)
@@ -224,7 +245,7 @@ def test_push_that_may_not_be_says_why_at_once(server, push, naps, kwargs, says)
 
 
 def test_push_without_a_token_asks_for_one(server, push, monkeypatch):
-    monkeypatch.setattr(hub, 'get_token', lambda: None)
+    monkeypatch.setattr('timm_senetv2.hub.upload.get_token', lambda: None)
     with pytest.raises(hub.HubError, match='hf auth login'):
         push(token=None)
     assert not server.requests
@@ -270,21 +291,6 @@ def test_no_error_holds_the_token_even_where_the_hub_repeats_it(server, push):
 
 
 # Loading what was pushed
-
-
-@pytest.fixture
-def as_default_hub(server, monkeypatch):
-    """Let timm use the loopback Hub."""
-    monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', server.url)
-    template = server.url + '/{repo_id}/resolve/{revision}/{filename}'
-    monkeypatch.setattr('huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE', template)
-    return server
-
-
-def logits(model):
-    torch.manual_seed(7)
-    with torch.inference_mode():
-        return model.eval()(torch.randn(2, model.in_chans, 32, 32))
 
 
 def test_timm_loads_what_was_pushed_with_equal_logits(as_default_hub, push, model, tmp_path):
@@ -437,7 +443,7 @@ def test_writing_twice_gives_the_same_bytes(trained, folder, tmp_path):
 
 @pytest.mark.parametrize('error', [
     OSError(28, 'No space left on device'),
-    hub.SafetensorError('Error while serializing: IoError(Os { code: 28, message: "No space left on device" })'),
+    SafetensorError('Error while serializing: IoError(Os { code: 28, message: "No space left on device" })'),
 ])
 def test_full_disk_leaves_the_folder_as_it_was(model, folder, tmp_path, monkeypatch, error):
     out = tmp_path / 'x'
@@ -514,6 +520,19 @@ def test_card_states_the_facts_and_its_metadata_holds_them(model, tmp_path):
         assert part in text
 
 
+def test_card_takes_command_and_hyperparameters_from_a_table(model, tmp_path):
+    (tmp_path / 'facts.yaml').write_text(
+        'training: {file: table.csv, row: {seed: 3}, command: how, hyperparameters: [epochs, amp]}')
+    (tmp_path / 'table.csv').write_text(
+        'model,seed,epochs,amp,how\nsmall_saecnn,2,5,,python two.py\nsmall_saecnn,3,7,,python three.py\n')
+    text = hub.render_card(model, 'me/x', hub.load_facts(tmp_path / 'facts.yaml'), count).text
+    assert 'python three.py' in text and '| epochs | 7 |' in text and 'amp' not in text and 'two.py' not in text
+
+    (tmp_path / 'facts.yaml').write_text('training: {file: table.csv, command: how, hyperparameters: [epochs]}')
+    with pytest.raises(hub.HubError, match='2 rows of training'):
+        hub.render_card(model, 'me/x', hub.load_facts(tmp_path / 'facts.yaml'), count)
+
+
 @pytest.mark.parametrize('old, new, says', [
     ('summary: A', 'sumary: A', "'sumary' is not a fact"),
     ('[fashion_mnist]', 'fashion_mnist', 'datasets must be a list'),
@@ -524,6 +543,7 @@ def test_card_states_the_facts_and_its_metadata_holds_them(model, tmp_path):
     ('top1}', 'seeds}', "no column 'seeds'"),
     ('summary: A', 'summary: [A', 'is not YAML'),
     ('license: mit', 'data_config: {mean: [0.5, 0.5]}', 'data_config does not suit small_saecnn: mean'),
+    ('{epochs: 2, optimizer: SGD}', '[epochs]', 'hyperparameters must be a dict'),
     ('  hyperparameters: {epochs: 2, optimizer: SGD}\n', '', 'training needs'),
 ])
 def test_wrong_facts_are_one_clear_line(model, tmp_path, old, new, says):
@@ -535,10 +555,16 @@ def test_wrong_facts_are_one_clear_line(model, tmp_path, old, new, says):
     assert '\n' not in str(caught.value)
 
 
+def written_config(model, folder, facts):
+    hub.write_files(model, folder, hub.render_card(model, 'me/x', facts, count), facts)
+    return json.loads((folder / 'config.json').read_text())
+
+
 def test_classes_get_imagenets_names_only_where_the_facts_say_imagenet(tmp_path):
-    model = timm.create_model('senetv2_resnet18', device='meta')
-    assert hub._labels(model, hub.Facts()) == {}
-    labels = hub._labels(model, hub.Facts(datasets=['imagenet-1k']))
-    assert labels['label_names'][0] == 'n01440764' and 'tench' in labels['label_descriptions']['n01440764']
+    model = timm.create_model('small_cnn', num_classes=1000)
+    assert 'label_names' not in written_config(model, tmp_path, hub.Facts())
+    config = written_config(model, tmp_path, hub.Facts(datasets=['imagenet-1k']))
+    assert len(config['label_names']) == 1000
+    assert 'tench' in config['label_descriptions'][config['label_names'][0]]
     with pytest.raises(hub.HubError, match='2 labels were given for a model with 1000 classes'):
-        hub._labels(model, hub.Facts(labels=['a', 'b']))
+        written_config(model, tmp_path, hub.Facts(labels=['a', 'b']))

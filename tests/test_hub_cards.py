@@ -48,8 +48,12 @@ def test_card_agrees_with_registry_and_facts(cards, name):
     assert ('| Input for the best accuracy |' in text) == (cfg.test_input_size not in (None, cfg.input_size))
     assert float(re.search(r'\| Multiply-adds, \d+ px \| ([\d.]+) G', text)[1]) > 0
     if 'training' in facts:
-        assert facts['training']['command'] in text
-        assert all(f'| {key} | {value} |' in text for key, value in facts['training']['hyperparameters'].items())
+        told = facts['training']
+        with (ROOT / 'hub_cards' / told['file']).open(newline='') as f:
+            (row,) = [r for r in csv.DictReader(f) if r['model'] == model.pretrained_cfg['architecture']
+                      and all(r[key] == str(value) for key, value in told.get('row', {}).items())]
+        assert row[told['command']] in text
+        assert all(f'| {column} | {row[column]} |' in text for column in told['hyperparameters'] if row[column])
     assert facts.get('limits', '') in text and facts.get('summary', '') in text
     assert not re.search(r'{{|}}|{%|\bNone\b|\bnan\b|/work|/home', str(cards[name]))
 
