@@ -93,7 +93,7 @@ def link(source: Path, target: Path) -> None:
 def choose(images: dict[str, dict[str, int]], per_class: int, seed: int) -> dict[str, list[str]]:
     """The names of the chosen images of each class, sorted."""
     def rank(label: str, name: str) -> bytes:
-        return hashlib.sha256(f'{seed}/{label}/{name}'.encode()).digest()
+        return hashlib.sha256(os.fsencode(f'{seed}/{label}/{name}')).digest()
 
     return {
         label: sorted(sorted(images[label], key=lambda name, label=label: rank(label, name))[:per_class])
@@ -144,7 +144,7 @@ def main() -> None:
     chosen = choose(source.images, args.per_class, args.seed)
     files = [(label, name) for label, names in chosen.items() for name in names]
     listing = ''.join(f'{label}/{name}\n' for label, names in chosen.items() for name in names)
-    digest = hashlib.sha256(listing.encode()).hexdigest()
+    digest = hashlib.sha256(os.fsencode(listing)).hexdigest()
     short = {label: len(names) for label, names in chosen.items() if len(names) < args.per_class}
     manifest = dict(
         source=str(train.resolve()), seed=args.seed, per_class=args.per_class, images=len(files), sha256=digest,
