@@ -126,7 +126,7 @@ def squeezed_from(block: nn.Module, x: torch.Tensor) -> list[tuple[int, ...]]:
     """Shapes of the (N, C, H, W) tensors that the block takes channel means of."""
     with torch.profiler.profile(record_shapes=True) as profile, torch.no_grad():
         block(x)
-    shapes = [tuple(e.input_shapes[0]) for e in profile.events() if e.name == 'aten::mean']
+    shapes = [tuple(e.input_shapes[0]) for e in profile.events() if e.name in ('aten::mean', 'aten::sum')]
     return [shape for shape in shapes if len(shape) == 4]
 
 

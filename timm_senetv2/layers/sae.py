@@ -18,6 +18,15 @@ _WEIGHTS = ('fc1.weight', 'fc1.bias', 'fc2.weight', 'fc2.bias')
 _GATES = {'sigmoid': nn.Sigmoid, 'hard_sigmoid': nn.Hardsigmoid, 'tanh': nn.Tanh}
 
 
+def _channel_means(x: torch.Tensor) -> torch.Tensor:
+    # A sum, divided after: the gradient of a sum is a view of one number a channel, that of a mean is written out
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # the sum may be too large for float16
+    return (x.sum((2, 3), dtype=dtype) / (x.shape[2] * x.shape[3])).to(x.dtype)
+
+
+torch.fx.wrap('_channel_means')  # it looks at the dtype, so fx tracing must not look into it
+
+
 class SqueezeAggregatedExcitation(nn.Module):
     """Rescale each channel by a gate computed from the means of all channels.
 
@@ -191,6 +200,10 @@ class SqueezeAggregatedExcitation(nn.Module):
             embedded[prefix + name] = full
         return embedded
 
+    def squeeze(self, x: torch.Tensor) -> torch.Tensor:
+        """z, the channel means, (N, C), of x, (N, C, H, W)."""
+        return _channel_means(x)
+
     def gate(self, pooled: torch.Tensor) -> torch.Tensor:
         """s, (N, C), from the channel means, (N, C)."""
         return self.gate_act(self.fc2(self.act(self.fc1(pooled))))
@@ -204,7 +217,7 @@ class SqueezeAggregatedExcitation(nn.Module):
         return 1 + s if self.add_identity else s
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.scale(x.mean((2, 3)))[:, :, None, None]
+        return x * self.scale(self.squeeze(x))[:, :, None, None]
 
     def extra_repr(self) -> str:
         text = f'{self.channels}, cardinality={self.cardinality}, rd_channels={self.rd_channels}'

@@ -78,9 +78,9 @@ def _can_squeeze_before(conv: nn.Module, norm: nn.Module) -> bool:
     )
 
 
-def _squeeze_before(x: torch.Tensor, conv: nn.Module, norm: nn.Module) -> torch.Tensor:
-    """The channel means of `norm(conv(x))`, (N, C_out), from those of x, (N, C_in, H, W)."""
-    pooled = F.linear(x.mean((2, 3)), conv.weight.flatten(1), conv.bias)
+def _squeeze_before(pooled: torch.Tensor, conv: nn.Module, norm: nn.Module) -> torch.Tensor:
+    """The channel means of `norm(conv(x))`, (N, C_out), from those of x, (N, C_in)."""
+    pooled = F.linear(pooled, conv.weight.flatten(1), conv.bias)
     if type(norm) is nn.Identity:  # after `reparameterize`
         return pooled
     return F.batch_norm(pooled, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
@@ -140,7 +140,7 @@ class SaEBasicBlock(BasicBlock):
 
         x = self.conv2(x)
         x = self.bn2(x)
-        scale = self.se.scale(x.mean((2, 3)))
+        scale = self.se.scale(self.se.squeeze(x))
         if self.drop_path is not None:
             scale = self.drop_path(scale)  # a sample's branch is dropped by its scale, at no pass over x
 
@@ -199,7 +199,8 @@ class SaEBottleneck(Bottleneck):
         """The last conv and its norm, (N, C, H, W), and their channel means, (N, C)."""
         if not torch.jit.is_scripting():  # alone in its line: TorchScript then leaves the rest uncompiled
             if not isinstance(x, torch.fx.Proxy) and _can_squeeze_before(self.conv3, self.bn3):
-                return _conv_norm(x, self.conv3, self.bn3), _squeeze_before(x, self.conv3, self.bn3)
+                pooled = _squeeze_before(self.se.squeeze(x), self.conv3, self.bn3)
+                return _conv_norm(x, self.conv3, self.bn3), pooled
         x = self.conv3(x)
         x = self.bn3(x)
-        return x, x.mean((2, 3))
+        return x, self.se.squeeze(x)
