@@ -38,11 +38,8 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> Profile:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            with flops:
-                model(image)
-            with elements:
-                model(image)
+        with torch.no_grad(), flops, elements:
+            model(image)
     finally:
         model.train(training)
     return Profile(
