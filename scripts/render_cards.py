@@ -10,6 +10,7 @@ from pathlib import Path
 import timm
 from _cli import UserError, run
 from _profile import count
+from timm.models import model_entrypoint, split_model_name_tag
 from tqdm import tqdm
 
 from timm_senetv2 import hub
@@ -25,13 +26,15 @@ def main() -> None:
         args.folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f'cannot make the folder {args.folder}: {e.strerror}') from None
-    for path in tqdm(sorted(hub.CARDS.glob('*.yaml')), unit='card'):
-        model = timm.create_model(path.stem, device='meta')
+    released = [
+        name for name in timm.list_pretrained() if model_entrypoint(name).__module__.startswith('timm_senetv2.')]
+    for name in tqdm(released, unit='card'):
         try:
-            card = hub.render_card(model, f'{args.owner}/{path.stem}', hub.load_facts(path), count)
+            facts = hub.facts_of(*split_model_name_tag(name))
+            card = hub.render_card(timm.create_model(name, device='meta'), f'{args.owner}/{name}', facts, count)
         except hub.HubError as e:
             raise UserError(e) from None
-        (args.folder / f'{path.stem}.md').write_text(str(card), encoding='utf-8', newline='\n')
+        (args.folder / f'{name}.md').write_text(str(card), encoding='utf-8', newline='\n')
 
 
 if __name__ == '__main__':

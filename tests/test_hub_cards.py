@@ -19,15 +19,15 @@ RELEASED = sorted(
 @pytest.fixture(scope='module')
 def cards(tmp_path_factory):
     """Every card, rendered by the command."""
-    folder = tmp_path_factory.mktemp('cards')
+    folder = tmp_path_factory.mktemp('cards') / 'new'
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', ['render_cards.py', str(folder), '--owner', 'somebody'])
         render_cards.main()
     return {path.stem: ModelCard.load(path) for path in folder.iterdir()}
 
 
-def test_every_released_tag_has_a_card_and_no_other_has(cards):
-    assert sorted(cards) == RELEASED
+def test_every_released_tag_has_a_card(cards):
+    assert sorted(cards) == RELEASED and len(RELEASED) >= 17
 
 
 @pytest.mark.parametrize('name', RELEASED)
