@@ -660,6 +660,8 @@ def chosen(args: argparse.Namespace) -> list[Experiment]:
         if name not in specs:
             raise UserError(f'baseline {name!r} is not among the models: {", ".join(specs)}')
     for spec in specs:
+        with torch.device('meta'):  # a wrong name stops here, before anything is measured
+            create(spec)
         if args.train and spec.endswith(':reparameterized'):
             raise UserError(f'{spec} has no norms left to train; leave it out or leave out --train')
     rounds, batch, size = (3, 2, min(args.size, 64)) if args.quick else (args.rounds, args.batch, args.size)
@@ -669,6 +671,7 @@ def chosen(args: argparse.Namespace) -> list[Experiment]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    os.environ.setdefault('KINETO_LOG_LEVEL', '6')  # else torch's profiler talks of its own start and stop
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise UserError('torch finds no CUDA device here; leave out --device cuda, or run where there is a GPU')
     if args.threads:
