@@ -27,14 +27,14 @@ def tag(model: str, source: str) -> str:
     return f'{model}.se_{source.split(".")[1]}'
 
 
-def images(n: int = 2, size: int = 64, chans: int = 3, **kwargs) -> torch.Tensor:
+def images(n: int = 2, size: int = 96, chans: int = 3, **kwargs) -> torch.Tensor:
     return torch.randn(n, chans, size, size, **kwargs)
 
 
 def se_source(name: str, **kwargs) -> torch.nn.Module:
     model = timm.create_model(name, **kwargs)
     weight = next(model.parameters())
-    return randomize(model, images(4, 64, weight.shape[1], dtype=weight.dtype))
+    return randomize(model, images(8, 96, weight.shape[1], dtype=weight.dtype))
 
 
 @pytest.fixture(scope='module')
