@@ -159,7 +159,7 @@ def _png(figure) -> bytes:
 def plot_accuracy(rows: list[Row]) -> bytes:
     """Accuracy against parameters, a point with its standard deviation a model. A PNG."""
     models = by_model(rows)
-    figure, axes = _figure(8, 4.5)
+    figure, axes = _figure(7, 4.5 + 0.1 * len(models))
     for (model, runs), colour, marker in zip(
             models.items(), _colours(len(models)), (_MARKERS * len(models))[:len(models)], strict=True):
         accuracy = [float(row['accuracy']) for row in runs]
@@ -174,14 +174,14 @@ def plot_accuracy(rows: list[Row]) -> bytes:
     axes.set_xlabel('parameters, millions')
     axes.set_ylabel('test accuracy after the last epoch, %')
     axes.set_title(f'{rows[0]["dataset"]}, {rows[0]["protocol"]}: mean ± standard deviation', fontsize=10)
-    axes.legend(fontsize=8, loc='center left', bbox_to_anchor=(1.01, 0.5), frameon=False)
+    figure.legend(loc='outside lower center', ncols=2, fontsize=8, frameon=False)
     return _png(figure)
 
 
 def plot_curves(rows: list[Row]) -> bytes:
     """Test accuracy by epoch, a line (mean over seeds) and a band (their range) a model. A PNG."""
     models = by_model(rows)
-    figure, axes = _figure(8, 4.5)
+    figure, axes = _figure(7, 4.5 + 0.1 * len(models))
     finals = []
     for (model, epochs), colour in zip(models.items(), _colours(len(models)), strict=True):
         curves = {}
@@ -198,5 +198,5 @@ def plot_curves(rows: list[Row]) -> bytes:
     axes.set_xlabel('epoch')
     axes.set_ylabel('test accuracy, %')
     axes.set_title('test accuracy by epoch: mean and range over seeds', fontsize=10)
-    axes.legend(fontsize=8, loc='center left', bbox_to_anchor=(1.01, 0.5), frameon=False)
+    figure.legend(loc='outside lower center', ncols=2, fontsize=8, frameon=False)
     return _png(figure)
