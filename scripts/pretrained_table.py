@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Print the table of the tags with lifted weights, in Markdown: source, the source's accuracy, parameters.
+"""Print the table of the tags with lifted weights, in Markdown: the tag, its source, the source's accuracy.
 
 The accuracies are not ours: timm's results on the ImageNet-1k validation set for the source, as of the file
 results/lift_sources.csv. A lifted model computes what its source does, so they are its accuracies before any training.
@@ -11,7 +11,6 @@ import csv
 from pathlib import Path
 
 import timm
-import torch
 from _cli import run
 
 SOURCES = Path(__file__).parents[1] / 'results' / 'lift_sources.csv'
@@ -22,17 +21,17 @@ def main() -> None:
     parser.parse_args()
     with SOURCES.open(newline='') as f:
         rows = list(csv.DictReader(f))
-    print('| `timm.create_model(…, pretrained=True)` | Source on the Hub | Its top-1 %, at pixels | Parameters |')
-    print('|---|---|---|--:|')
+    print('| Tag, bold where it is the default | Source on the Hub | Its top-1, % (pixels) |')
+    print('|---|---|---|')
     for source in dict.fromkeys(row['source_on_the_hub'] for row in rows):
         of_source = [row for row in rows if row['source_on_the_hub'] == source]
         model = of_source[0]['model']
         default = timm.models.get_pretrained_cfg(model).hf_hub_id == source
-        with torch.device('meta'):
-            params = sum(p.numel() for p in timm.create_model(model).parameters())
-        accuracy = ', '.join(f'{float(row["top1"]):.2f} at {row["img_size"]}' for row in of_source)
-        name = f'`{model}.se_{source.split(".")[1]}`' + (f', or `{model}`' if default else '')
-        print(f'| {name} | [{source}](https://huggingface.co/{source}) | {accuracy} | {params / 1e6:.2f} M |')
+        accuracy = ', '.join(f'{float(row["top1"]):.2f}&nbsp;({row["img_size"]})' for row in of_source)
+        name = f'`{model}.se_{source.split(".")[1]}`'
+        if default:
+            name = f'**{name}**'
+        print(f'| {name} | [{source}](https://huggingface.co/{source}) | {accuracy} |')
 
 
 if __name__ == '__main__':

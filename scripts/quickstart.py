@@ -19,7 +19,7 @@ COLUMNS = ('model', 'parameters', 'test loss', 'test accuracy', 'seconds')
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__ + ' Takes about two minutes on two CPU cores; uses a GPU where there is one. Writes a '
+        description=__doc__ + ' Takes a few minutes on two CPU cores; uses a GPU where there is one. Writes a '
         'folder a model (model.safetensors and config.json, which timm loads as local-dir:FOLDER), '
         f'{RESULTS} (a row an epoch) and {PICTURE}. They replace those of the last run when all is done, not before.',
     )
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     shown = MODELS[-1] if MODELS[-1] in args.models else args.models[-1]
 
     print(f'{data.name}: {len(data.train)} images to train on, {len(data.test)} held out, {len(data.classes)} classes; '
-          f'{args.epochs} epochs on {device}')
+          f'epochs: {args.epochs}, on {device}')
     with replaced_when_done(args.out) as folder:
         fits = []
         for name in args.models:
