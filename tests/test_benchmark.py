@@ -149,3 +149,23 @@ def test_import_cost_is_measured_in_fresh_interpreters():
     with pytest.raises(benchmark.UserError, match='install it first'):
         benchmark.import_contestant('json', plugin=True).step()
 
+
+
+def test_suite_writes_targets_and_a_table_an_experiment(tmp_path, monkeypatch):
+    setting = benchmark.Setting(batch=2)
+    monkeypatch.setattr(benchmark, 'suite', lambda device, quick: [
+        benchmark.sae_experiment(2048, 7, benchmark.CPU, 3),
+        benchmark.aggregation_experiment(128, 8, setting, 3, backward=False),
+        benchmark.aggregation_experiment(128, 8, setting, 3, backward=True),
+        benchmark.models_experiment(
+            ['small_cnn', 'small_saecnn'], ['small_cnn'], benchmark.Setting(batch=2, size=32, training=True), 3),
+    ])
+    benchmark.main(['--suite', '--out', str(tmp_path)])
+    text = (tmp_path / 'benchmark_cpu.md').read_text()
+    assert text.count('\n**') == 4
+    lines = [line for line in text.splitlines() if 'SaE layer 2048x7x7' in line and '≥' in line]
+    assert len(lines) == 2 and 'not measured' not in lines[0] and 'not measured' in lines[1]
+    rows = read(tmp_path / 'benchmark_cpu.csv')
+    assert {row['contestant'] for row in rows} == {
+        'SaE', 'four-branch SaE', 'clone', 'aggregation', 'small_cnn', 'small_saecnn'}
+    assert all(float(row['peak_ratio']) > 0 for row in rows if row['contestant'].startswith('small'))
