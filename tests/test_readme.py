@@ -1,4 +1,5 @@
 """The README and CONTRIBUTING hold what they promise: snippets run, links lead somewhere, options exist."""
+import csv
 import re
 import shlex
 import subprocess
@@ -103,3 +104,14 @@ def test_table_of_tags_is_up_to_date(capsys, monkeypatch):
     pretrained_table.main()
     table = README.split('<!-- tags: scripts/pretrained_table.py -->\n')[1].split('<!-- /tags -->')[0]
     assert table == capsys.readouterr().out
+
+
+def test_accuracies_of_our_weights_are_those_of_the_runs_they_come_from():
+    with (ROOT / 'results/fmnist/results.csv').open(newline='') as file:
+        runs = {row['run']: row for row in csv.DictReader(file)}
+    with (ROOT / 'results/fmnist_weights.csv').open(newline='') as file:
+        rows = [runs[row['run']] for row in csv.DictReader(file)]
+    assert rows
+    for row in rows:
+        assert f'`{row["model"]}` {float(row["accuracy"]):.2f} %' in ' '.join(README.split())
+        assert row['seed'] == '0' and 'epochs 5' in row['command']
