@@ -81,13 +81,10 @@ def push(args: argparse.Namespace) -> None:
     model_args = dict(args.model_kwargs)
     if args.num_classes is not None:
         model_args['num_classes'] = args.num_classes
-    if args.card:
-        facts = hub.load_facts(args.card)
-    elif args.pretrained:
-        facts = hub.facts_of(args.model, args.pretrained)
-    else:
-        facts = hub.Facts()
+    facts = hub.load_facts(args.card) if args.card else hub.Facts()
     model = hub.build(args.model, args.pretrained, args.checkpoint, args.ema, **model_args)
+    if args.pretrained and not args.card:
+        facts = hub.facts_of(args.model, args.pretrained)
     card = hub.render_card(model, args.repo_id, facts, count)
     if args.dry_run:
         hub.write_files(model, args.dry_run, card, facts)

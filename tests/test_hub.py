@@ -16,6 +16,7 @@ from _profile import count
 from hub_server import HubServer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
+from timm.models import get_pretrained_cfg
 
 from timm_senetv2 import hub
 
@@ -426,6 +427,11 @@ def test_build_refuses_what_is_not_there(args, says):
 # Files and cards
 
 
+def written_config(model, folder, facts):
+    hub.write_files(model, folder, hub.render_card(model, 'me/x', facts, count), facts)
+    return json.loads((folder / 'config.json').read_text())
+
+
 def test_config_and_weights_are_timms_and_no_pickle(folder, trained):
     assert sorted(p.name for p in folder.iterdir()) == sorted(hub.FILES)
     config = json.loads((folder / 'config.json').read_text())
@@ -436,10 +442,25 @@ def test_config_and_weights_are_timms_and_no_pickle(folder, trained):
     assert all(torch.equal(written[k.removeprefix('module.')], v) for k, v in own.items())
 
 
+def test_all_files_have_the_permissions_of_any_new_file(folder, tmp_path):
+    (tmp_path / 'new').touch()
+    assert {(folder / name).stat().st_mode for name in hub.FILES} == {(tmp_path / 'new').stat().st_mode}
+
+
 def test_writing_twice_gives_the_same_bytes(trained, folder, tmp_path):
     model, facts = hub.build('small_saecnn', checkpoint=trained), hub.Facts()
     hub.write_files(model, tmp_path / 'x', hub.render_card(model, 'me/x', facts, count), facts)
     assert contents(tmp_path / 'x') == contents(folder)
+
+
+def test_shipped_weights_are_written_with_their_labels_and_card(tmp_path):
+    model, facts = hub.build('senetv2_resnet20', tag='fmnist'), hub.facts_of('senetv2_resnet20', 'fmnist')
+    config = written_config(model, tmp_path, facts)
+    assert config['label_names'][9] == 'Ankle boot' and config['pretrained_cfg']['tag'] == 'fmnist'
+    written = load_file(tmp_path / 'model.safetensors')
+    shipped = load_file(get_pretrained_cfg('senetv2_resnet20.fmnist').file)
+    assert written.keys() == shipped.keys() and all(torch.equal(written[k], shipped[k]) for k in shipped)
+    assert 'Fashion-MNIST' in (tmp_path / 'README.md').read_text()
 
 
 @pytest.mark.parametrize('error', [
@@ -554,11 +575,6 @@ def test_wrong_facts_are_one_clear_line(model, tmp_path, old, new, says):
     with pytest.raises(hub.HubError, match=says) as caught:
         hub.render_card(model, 'me/x', hub.load_facts(tmp_path / 'facts.yaml'), count)
     assert '\n' not in str(caught.value)
-
-
-def written_config(model, folder, facts):
-    hub.write_files(model, folder, hub.render_card(model, 'me/x', facts, count), facts)
-    return json.loads((folder / 'config.json').read_text())
 
 
 def test_classes_get_imagenets_names_only_where_the_facts_say_imagenet(tmp_path):

@@ -1,6 +1,7 @@
 """The files of a repository: weights, config, card."""
 import errno
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ def write_files(model: nn.Module, folder: str | Path, card: ModelCard, facts: Fa
                 model, beside, model_config=_labels(model, facts), safe_serialization=True,
                 data_config=facts.data_config)
             (Path(beside) / 'README.md').write_text(str(card), encoding='utf-8', newline='\n')
+            shutil.copymode(Path(beside) / 'config.json', Path(beside) / 'model.safetensors')  # not the owner's alone
             folder.mkdir(exist_ok=True)
             for name in FILES:
                 os.replace(Path(beside) / name, folder / name)
