@@ -34,7 +34,8 @@ def images(n: int = 2, size: int = 96, chans: int = 3, **kwargs) -> torch.Tensor
 def se_source(name: str, **kwargs) -> torch.nn.Module:
     model = timm.create_model(name, **kwargs)
     weight = next(model.parameters())
-    return randomize(model, images(8, 96, weight.shape[1], dtype=weight.dtype))
+    # small scales, as training gives them to residual branches: with scales of 1, 200 layers amplify rounding past 1e-4
+    return randomize(model, images(8, 96, weight.shape[1], dtype=weight.dtype), scales=(0.1, 0.5))
 
 
 @pytest.fixture(scope='module')
@@ -142,7 +143,7 @@ def test_fresh_rows_keep_the_initialisation_and_fresh_columns_are_zero(seresnet1
 
 
 def test_one_training_step_changes_every_fresh_column():
-    source = se_source('seresnext26d_32x4d')
+    source = randomize(timm.create_model('seresnext26d_32x4d'), images(8))
     model = lifted('senextv2_26d_32x4d', source).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     # images of different colours, as a data set has them: a ReLU that is off for a whole batch would get no gradient
