@@ -61,7 +61,7 @@ def lift(model: Model, reduction: int = 32, cardinality: int = 4) -> Model:
     for se, (name, *_) in names.items():
         reason = _why_not(se)
         if reason:
-            raise ValueError(f'{name or "the model"} is a {type(se).__name__} that cannot be lifted: {reason}')
+            raise ValueError(f'{name or "the layer"} ({type(se).__name__}) cannot be lifted: {reason}')
 
     layers = {se: _sae_like(se, reduction, cardinality) for se in names}
     if model in layers:
