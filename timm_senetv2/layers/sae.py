@@ -217,7 +217,8 @@ class SqueezeAggregatedExcitation(nn.Module):
         return 1 + s if self.add_identity else s
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.scale(self.squeeze(x))[:, :, None, None]
+        # an ellipsis, because torch 2.5 cannot export slices of a dynamic batch
+        return x * self.scale(self.squeeze(x))[..., None, None]
 
     def extra_repr(self) -> str:
         text = f'{self.channels}, cardinality={self.cardinality}, rd_channels={self.rd_channels}'

@@ -31,7 +31,7 @@ def _require_sae(block: nn.Module) -> None:
 
 def _scale_add(x: torch.Tensor, scale: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
     """x · scale + shortcut, (N, C, H, W) with a scale of (N, C). x is the caller's own and may be overwritten."""
-    scale = scale[:, :, None, None]
+    scale = scale[..., None, None]  # an ellipsis, because torch 2.5 cannot export slices of a dynamic batch
     if x.is_cpu and x.dtype == shortcut.dtype and not torch.is_grad_enabled():
         # On a CPU the memory of a new tensor, page by page, costs more than a second pass over the one at hand
         return x.mul_(scale).add_(shortcut)
