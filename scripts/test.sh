@@ -20,13 +20,14 @@ for argument in "$@"; do
     case $argument in
         --slow) which='slow or not slow' models='' ;;
         -h | --help) usage; exit ;;
-        *) usage >&2; fail "unknown argument $argument" ;;
+        *) fail "unknown argument $argument; bash scripts/test.sh --help says which there are" ;;
     esac
 done
 
 use_venv scripts test
 cd "$root"
+export OMP_NUM_THREADS=1  # two processes side by side are faster than two threads in one
 "$python" -m ruff check .
 # shellcheck disable=SC2086
-"$python" tests/run_timm_tests.py $models
-"$python" -m pytest -q -m "$which"  # last, so that its closing line is
+"$python" tests/run_timm_tests.py $models -n 2
+"$python" -m pytest -q -m "$which" -n 2 --dist loadscope  # last, so that its closing line is
