@@ -60,8 +60,9 @@ class Difference:
     paired: bool = True
 
     def __str__(self) -> str:
-        interval = '(one seed)' if math.isnan(self.low) else f'[{self.low:+.2f}, {self.high:+.2f}]'
-        return f'{self.mean:+.2f} {interval}{"" if self.paired else " unpaired"}'
+        mean, low, high = (f'{round(value, 2) + 0.:+.2f}' for value in (self.mean, self.low, self.high))  # no -0.00
+        interval = '(one seed)' if math.isnan(self.low) else f'[{low}, {high}]'
+        return f'{mean} {interval}{"" if self.paired else " unpaired"}'
 
 
 def difference(values: dict[str, float], baseline: dict[str, float]) -> Difference:
@@ -179,7 +180,7 @@ def plot_accuracy(rows: list[Row]) -> bytes:
 
 
 def plot_curves(rows: list[Row]) -> bytes:
-    """Test accuracy by epoch, a line (mean over seeds) and a band (their range) a model. A PNG."""
+    """Test accuracy by epoch, a line (mean over seeds) a model, with a band (their range) where they are few. A PNG."""
     models = by_model(rows)
     figure, axes = _figure(7, 4.5 + 0.1 * len(models))
     finals = []
@@ -189,14 +190,16 @@ def plot_curves(rows: list[Row]) -> bytes:
             curves.setdefault(int(row['epoch']), []).append(float(row['accuracy']))
         x = sorted(curves)
         means = [np.mean(curves[epoch]) for epoch in x]
-        finals += [min(curves[epoch]) for epoch in x[len(x) // 3:]]
+        finals += [min(curves[epoch]) for epoch in x[len(x) // 2:]]
         axes.plot(x, means, color=colour, label=model, linewidth=1.5)
-        axes.fill_between(
-            x, [min(curves[e]) for e in x], [max(curves[e]) for e in x], color=colour, alpha=0.12, linewidth=0)
+        if len(models) <= 6:  # more bands hide each other
+            axes.fill_between(
+                x, [min(curves[e]) for e in x], [max(curves[e]) for e in x], color=colour, alpha=0.12, linewidth=0)
     low = max(0, min(finals) - 2)  # the first epochs may run out of the picture: what differs is at the end
     axes.set_ylim(low, min(100.5, axes.get_ylim()[1]))
     axes.set_xlabel('epoch')
     axes.set_ylabel('test accuracy, %')
-    axes.set_title('test accuracy by epoch: mean and range over seeds', fontsize=10)
+    title = 'mean over seeds' if len(models) > 6 else 'mean and range over seeds'
+    axes.set_title(f'test accuracy by epoch: {title}', fontsize=10)
     figure.legend(loc='outside lower center', ncols=2, fontsize=8, frameon=False)
     return _png(figure)

@@ -4,7 +4,6 @@ import ast
 import difflib
 import itertools
 import re
-import resource
 import sys
 import time
 from collections.abc import Iterable
@@ -44,6 +43,9 @@ class ModelSpec:
         if not self.options:
             return self.name
         return f'{self.name}:{",".join(f"{key}={value}".replace(" ", "") for key, value in self.options)}'
+
+    def __hash__(self) -> int:
+        return hash(str(self))  # an option may be a list
 
     def create(self, num_classes: int) -> torch.nn.Module:
         try:
@@ -266,4 +268,5 @@ def peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
     if sys.platform == 'linux':
         return int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1]) / 1024
+    import resource  # not on Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == 'darwin' else 1024)

@@ -250,6 +250,7 @@ def test_specs_expand_to_their_grid():
     spec, = parse_specs('cifar_resnet20:widths=[8, 16,32],aggregation_op=max')
     assert dict(spec.options) == {'widths': [8, 16, 32], 'aggregation_op': 'max'}
     assert spec.create(10).num_features == 32
+    assert len({spec, *parse_specs('cifar_resnet20:widths=[8,16,32],aggregation_op=max')}) == 1
 
 
 def students_quantile(p: float, degrees: int) -> float:
@@ -281,6 +282,7 @@ def test_difference_of_other_seeds_is_unpaired():
 
 def test_difference_of_equal_runs_and_of_one_seed():
     assert str(difference({'0': 90., '1': 91.}, {'0': 90., '1': 91.})) == '+0.00 [+0.00, +0.00]'
+    assert str(difference({'0': 90., '1': 91.}, {'0': 90.001, '1': 91.001})) == '+0.00 [+0.00, +0.00]'
     assert str(difference({'0': 90.}, {'0': 91.})) == '-1.00 (one seed)'
     assert str(difference({'0': 90.}, {'1': 91.})) == '-1.00 (one seed) unpaired'
 
@@ -303,7 +305,7 @@ def test_table_and_plots_are_made_from_the_rows(finished):
     (['--protocol', 'imagenet'], "unknown protocol 'imagenet': choose seanet"),
     (['--models', 'senetv2_resnet21'], "unknown model 'senetv2_resnet21'; did you mean senetv2_resnet"),
     (['--models', 'small_cnn:sae_cardinality'], 'expected key=value'),
-    (['--models', 'small_cnn:sae_cardinality=-1'], 'sae_cardinality must be 0'),
+    (['--models', 'small_cnn:sae_cardinality=-1'], 'sae_cardinality must be a whole number'),
     (['--models', 'small_cnn:colour=1'], "unexpected keyword argument 'colour'"),
     (['--models', 'vit_tiny_patch16_224'], 'cannot take images of 8 x 8'),
     (['--baseline', 'nothing'], "unknown model 'nothing'"),

@@ -1,0 +1,64 @@
+"""The committed results: tables, commands and shipped weights belong to the rows they are said to come from."""
+import csv
+import hashlib
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from _report import caption, read_csv, table
+from _training import parse_specs
+from reproduce import CURVES, RESULTS
+from safetensors import safe_open
+
+import timm_senetv2
+from timm_senetv2 import SqueezeAggregatedExcitation
+
+RESULTS_DIR = Path(__file__).parents[1] / 'results'
+FOLDERS = sorted(path.parent for path in RESULTS_DIR.glob('*/table.md'))
+WEIGHTS = ('cifar_resnet20', 'cifar_seresnet20', 'senetv2_resnet20')
+
+
+@pytest.mark.parametrize('folder', FOLDERS, ids=lambda folder: folder.name)
+def test_a_table_is_that_of_its_rows_and_stands_in_the_readme(folder):
+    rows = read_csv(folder / 'results.csv', RESULTS)
+    text = (folder / 'table.md').read_text()
+    baseline = re.search(r'Difference: to `(.*?)` after', text)[1]
+    assert table(rows, baseline) in text
+    assert caption(rows, baseline) in text
+    assert {row['command'] for row in rows} == set(text.split('```')[1].removeprefix('bash').strip().splitlines())
+    assert text in (RESULTS_DIR / 'README.md').read_text()
+    assert {row['run'] for row in rows} == {row['run'] for row in read_csv(folder / 'curves.csv', CURVES)}
+
+
+def test_there_are_results():
+    assert len(FOLDERS) >= 6
+
+
+@pytest.mark.parametrize('name', WEIGHTS)
+def test_shipped_weights_are_those_of_the_recorded_run(name):
+    with (RESULTS_DIR / 'fmnist_weights.csv').open(newline='') as file:
+        facts, = (row for row in csv.DictReader(file) if row['tag'] == f'{name}.fmnist')
+    path = Path(timm_senetv2.__file__).parent / 'weights' / f'{name}.fmnist.safetensors'
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == facts['sha256']
+    run, = (row for row in read_csv(RESULTS_DIR / 'fmnist' / 'results.csv', RESULTS) if row['model'] == name)
+    assert facts['run'] == run['run']
+    assert float(run['accuracy']) >= 92
+    with safe_open(path, 'pt') as file:
+        shapes = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}
+    assert shapes == {key: list(value.shape) for key, value in timm.create_model(name).state_dict().items()}
+
+
+@pytest.mark.parametrize('other', [
+    'cifar_seresnet20:sae_reduction=4', 'senetv2_resnet20:sae_cardinality=2,sae_reduction=8'])
+def test_branches_and_width_compared_have_the_same_hidden_units_and_the_same_start(other):
+    states = []
+    for word in ('senetv2_resnet20', other):
+        spec, = parse_specs(word)
+        torch.manual_seed(3)
+        model = spec.create(10)
+        states.append(model.state_dict())
+        hidden = [m.fc1.out_features for m in model.modules() if isinstance(m, SqueezeAggregatedExcitation)]
+        assert hidden == [4] * 3 + [8] * 3 + [16] * 3
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
