@@ -15,7 +15,7 @@ from timm.models.senet import SEModule as OriginalSEModule
 from torch import nn
 
 from .layers import SqueezeAggregatedExcitation
-from .layers._checks import check_positive_int
+from .layers._checks import check_whole_number
 from .models._pretrained import lift_state_dict
 
 Model = TypeVar('Model', bound=nn.Module)
@@ -50,8 +50,8 @@ def lift(model: Model, reduction: int = 32, cardinality: int = 4) -> Model:
         ValueError: A model without SE layers, or with one whose function SaE does not have, such as a norm or a maximum
             inside; says which and why. The model is unchanged then.
     """
-    check_positive_int('reduction', reduction)
-    check_positive_int('cardinality', cardinality)
+    check_whole_number('reduction', reduction)
+    check_whole_number('cardinality', cardinality)
     names = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, SE_CLASSES):

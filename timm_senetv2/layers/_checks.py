@@ -1,7 +1,7 @@
-"""Argument checks the layers share."""
+"""Argument checks the layers and models share."""
 
 
-def check_positive_int(name: str, value: int) -> None:
-    """Raise a ValueError that names argument and value unless `value` is a whole number above zero."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f'{name} must be a whole number of at least 1, got {value!r}')
+def check_whole_number(name: str, value: int, least: int = 1) -> None:
+    """Raise a ValueError that names argument and value unless `value` is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f'{name} must be a whole number of at least {least}, got {value!r}')

@@ -6,7 +6,7 @@ authors' code, https://github.com/akhilesh-pandey/SEANet-pytorch
 import torch
 from torch import nn
 
-from ._checks import check_positive_int
+from ._checks import check_whole_number
 
 
 def _check_groups(channels: int, factor: int) -> None:
@@ -37,7 +37,7 @@ class ChannelAggregation(nn.Module):
                 does not divide, in `forward`.
         """
         super().__init__()
-        check_positive_int('factor', factor)
+        check_whole_number('factor', factor)
         if op not in self.OPS:
             raise ValueError(f'op must be one of {", ".join(self.OPS)}, got {op!r}')
         self.factor = factor

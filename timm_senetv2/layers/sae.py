@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
-from ._checks import check_positive_int
+from ._checks import check_whole_number
 
 _WEIGHTS = ('fc1.weight', 'fc1.bias', 'fc2.weight', 'fc2.bias')
 _GATES = {'sigmoid': nn.Sigmoid, 'hard_sigmoid': nn.Hardsigmoid, 'tanh': nn.Tanh}
@@ -66,12 +66,12 @@ class SqueezeAggregatedExcitation(nn.Module):
             ValueError: A size that is not a whole number above zero, or an unknown gate; names argument and value.
         """
         super().__init__()
-        check_positive_int('channels', channels)
-        check_positive_int('reduction', reduction)
-        check_positive_int('cardinality', cardinality)
+        check_whole_number('channels', channels)
+        check_whole_number('reduction', reduction)
+        check_whole_number('cardinality', cardinality)
         if rd_channels is None:
             rd_channels = max(1, channels // reduction)
-        check_positive_int('rd_channels', rd_channels)
+        check_whole_number('rd_channels', rd_channels)
         if isinstance(gate_layer, str):
             if gate_layer not in _GATES:
                 raise ValueError(f'gate_layer must be one of {", ".join(_GATES)} or a module class, got {gate_layer!r}')

@@ -5,7 +5,7 @@ from functools import partial
 from torch import nn
 
 from ..layers import SqueezeAggregatedExcitation
-from ..layers._checks import check_positive_int
+from ..layers._checks import check_whole_number
 
 
 def sae_layer(sae_reduction: int, sae_cardinality: int, sae_add_identity: bool) -> Callable[..., nn.Module]:
@@ -14,8 +14,8 @@ def sae_layer(sae_reduction: int, sae_cardinality: int, sae_add_identity: bool) 
     Raises:
         ValueError: A reduction or a cardinality that is not a whole number above zero; names option and value.
     """
-    check_positive_int('sae_reduction', sae_reduction)
-    check_positive_int('sae_cardinality', sae_cardinality)
+    check_whole_number('sae_reduction', sae_reduction)
+    check_whole_number('sae_cardinality', sae_cardinality)
     return partial(
         SqueezeAggregatedExcitation,
         reduction=sae_reduction,

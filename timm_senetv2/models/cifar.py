@@ -19,7 +19,7 @@ from timm.models.resnet import BasicBlock, downsample_conv
 from torch import nn
 
 from ..layers import ChannelAggregation
-from ..layers._checks import check_positive_int
+from ..layers._checks import check_whole_number
 from ._options import sae_layer
 from ._pretrained import lift_state_dict, shipped_cfgs
 from ._registry import register_model
@@ -73,7 +73,8 @@ class CifarResNet(Trunk32):
             raise ValueError(f'depth must be 6n + 2 with n of at least 1, got {depth}')
         if aggregate_after not in ('stage', 'block'):
             raise ValueError(f"aggregate_after must be 'stage' or 'block', got {aggregate_after!r}")
-        check_positive_int('aggregation_factor', aggregation_factor)
+        check_whole_number('sae_cardinality', sae_cardinality, least=0)
+        check_whole_number('aggregation_factor', aggregation_factor)
         if aggregation_op not in ChannelAggregation.OPS:
             raise ValueError(
                 f'aggregation_op must be one of {", ".join(ChannelAggregation.OPS)}, got {aggregation_op!r}')
@@ -84,8 +85,10 @@ class CifarResNet(Trunk32):
         n = (depth - 2) // 6
         drop_rates = iter(calculate_drop_path_rates(drop_path_rate, 3 * n))
         aggregation = partial(ChannelAggregation, aggregation_factor, aggregation_op)
-        block = BasicBlock if sae_cardinality == 0 else partial(
-            SaEBasicBlock, attn_layer=sae_layer(sae_reduction, sae_cardinality, sae_add_identity))
+        block = partial(
+            SaEBasicBlock,
+            attn_layer=sae_layer(sae_reduction, sae_cardinality, sae_add_identity),
+        ) if sae_cardinality else BasicBlock
 
         def stages(in_width: int, dd: dict[str, Any]) -> list[tuple[nn.Sequential, int]]:
             built = []

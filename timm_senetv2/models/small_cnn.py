@@ -8,6 +8,7 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import nn
 
+from ..layers._checks import check_whole_number
 from ._options import sae_layer
 from ._pretrained import lift_state_dict
 from ._registry import register_model
@@ -40,7 +41,8 @@ class SmallCNN(Trunk32):
         Raises:
             ValueError: An argument out of its range; names argument and value.
         """
-        attn_layer = sae_layer(sae_reduction, sae_cardinality, sae_add_identity) if sae_cardinality != 0 else None
+        check_whole_number('sae_cardinality', sae_cardinality, least=0)
+        attn_layer = sae_layer(sae_reduction, sae_cardinality, sae_add_identity) if sae_cardinality else None
 
         def stages(in_width: int, dd: dict[str, Any]) -> list[tuple[nn.Sequential, int]]:
             built = []
