@@ -562,8 +562,8 @@ def experiment_table(rows: list[dict]) -> str:
     return '\n'.join(lines)
 
 
-def report(experiments: list[Experiment], command: str, with_targets: bool) -> str:
-    """The Markdown file: machine, targets, a table an experiment."""
+def report(experiments: list[Experiment], command: str, suite: bool) -> str:
+    """The Markdown file: machine, targets (in a suite also those not measured), a table an experiment."""
     rows = [row for e in experiments for row in e.rows]
     first = rows[0]
     parts = [
@@ -571,8 +571,8 @@ def report(experiments: list[Experiment], command: str, with_targets: bool) -> s
         'Medians over interleaved rounds, quartiles in brackets; a speed is a ratio of times round by round, above 1 '
         'is faster than the baseline; memory is the peak of live tensors in a step.',
     ]
-    if with_targets:
-        lines = [target.line(rows) for target in targets()]
+    lines = [line for target in targets() if suite or 'not measured' not in (line := target.line(rows))]
+    if lines:
         parts.append('\n'.join(['| | target | measured | met |', '|---|---|---|---|', *lines]))
     parts += [experiment_table(e.rows) for e in experiments]
     return '\n\n'.join(parts) + '\n'
@@ -625,6 +625,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--suite', action='store_true',
                         help='everything results/README.md reports for the device: models in inference and training, '
                              'the layers alone, imports; only --device, --threads, --quick, --out, --name apply')
+    parser.add_argument('--imports', action='store_true',
+                        help='measure only what registering the models adds to `import torch` and `import timm`')
     parser.add_argument('--models', nargs='+', default=SUITE_MODELS, metavar='MODEL',
                         help='timm names, with or without a suffix (default: %(default)s)')
     parser.add_argument('--baseline', nargs='+', metavar='MODEL',
@@ -643,7 +645,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--out', default='results', help='folder for the files (default: %(default)s)')
     parser.add_argument('--name',
                         help='files are benchmark_NAME.csv, .md, .png and benchmark_NAME_rounds.csv '
-                             '(default: the device with --suite, else custom)')
+                             '(default: the device with --suite, imports with --imports, else custom)')
     args = parser.parse_args(argv)
     if args.train:
         args.models = [m for m in args.models if args.models is not SUITE_MODELS or m in TRAINABLE]
@@ -654,6 +656,8 @@ def chosen(args: argparse.Namespace) -> list[Experiment]:
     """The experiments of the command line."""
     if args.suite:
         return suite(args.device, args.quick)
+    if args.imports:
+        return [import_experiment(module, args.rounds) for module in ('torch', 'timm')]
     specs = list(dict.fromkeys(args.models))
     baselines = args.baseline or specs[:1]
     for name in baselines:
@@ -689,7 +693,7 @@ def main(argv: list[str] | None = None) -> None:
         except torch.OutOfMemoryError as e:
             raise UserError(f'{experiment.title} does not fit into memory; give a smaller --batch') from e
         tqdm.write(experiment_table(experiment.rows) + '\n')
-    stem = f'benchmark_{args.name or (args.device if args.suite else "custom")}'
+    stem = f'benchmark_{args.name or (args.device if args.suite else "imports" if args.imports else "custom")}'
     words = sys.argv[1:] if argv is None else argv
     text = report(experiments, ' '.join(['python scripts/benchmark.py', *words]), args.suite)
     write_csv(out / f'{stem}.csv', COLUMNS, [row for e in experiments for row in e.rows])

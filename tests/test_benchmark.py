@@ -169,3 +169,13 @@ def test_suite_writes_targets_and_a_table_an_experiment(tmp_path, monkeypatch):
     assert {row['contestant'] for row in rows} == {
         'SaE', 'four-branch SaE', 'clone', 'aggregation', 'small_cnn', 'small_saecnn'}
     assert all(float(row['peak_ratio']) > 0 for row in rows if row['contestant'].startswith('small'))
+
+
+def test_imports_alone_are_measured_against_their_budget(tmp_path):
+    benchmark.main(['--imports', '--rounds', '1', '--out', str(tmp_path)])
+    rows = read(tmp_path / 'benchmark_imports.csv')
+    assert [row['experiment'] for row in rows] == ['import torch'] * 2 + ['import timm'] * 2
+    added = [float(rows[i + 1]['difference_ms']) for i in (0, 2)]
+    text = (tmp_path / 'benchmark_imports.md').read_text()
+    for module, budget, ms in zip(('torch', 'timm'), (5, 60), added, strict=True):
+        assert f'| import {module}, added ms | ≤ {budget} | {ms:.3g} |' in text
