@@ -104,6 +104,8 @@ def test_interrupted_run_leaves_the_last_one_alone(digits_run, tmp_path):
     process = subprocess.Popen(
         [sys.executable, SCRIPT, '--models', 'small_cnn', '--epochs', '1000', '--out', out],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        # a background job of a shell without job control inherits that Ctrl-C is ignored; nobody could interrupt it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not (tmp_path / 'out.unfinished').exists():
         assert process.poll() is None
