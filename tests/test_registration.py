@@ -249,6 +249,32 @@ def test_importing_again_and_reloading_change_nothing(tmp_path):
     assert 'Warning' not in stderr
 
 
+def test_the_hook_leaves_timm_models_as_it_was(tmp_path):
+    stdout, _ = fresh('''
+        import inspect
+        import timm
+        print(type(timm.models.__loader__).__name__, timm.models.__spec__.loader is timm.models.__loader__)
+        print('generate_default_cfgs' in inspect.getsource(timm.models))
+    ''', cwd=tmp_path)
+    assert stdout.split('\n') == ['SourceFileLoader True', 'True']
+
+
+def test_an_import_of_timm_that_failed_can_be_repeated(tmp_path):
+    stdout, stderr = fresh('''
+        import torch
+        sys.modules['timm.models.resnet'] = None  # importing it raises, and with it timm.models
+        try:
+            import timm
+        except ImportError:
+            print('failed')
+        del sys.modules['timm.models.resnet']
+        import timm
+        print(len(ours()))
+    ''', cwd=tmp_path)
+    assert stdout.split('\n') == ['failed', str(COUNT)]
+    assert 'RuntimeWarning' not in stderr
+
+
 def test_running_a_module_as_main_registers(tmp_path):
     (tmp_path / 'program.py').write_text(PRELUDE + 'print(len(ours()))')
     result = subprocess.run([sys.executable, '-m', 'program'], cwd=tmp_path, capture_output=True, text=True)

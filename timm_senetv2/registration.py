@@ -1,8 +1,9 @@
 """When and how the models reach timm's registry."""
-import importlib
+import importlib.util
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
-
-import wrapt
 
 from timm_senetv2_autoload import warn
 
@@ -20,13 +21,53 @@ def register() -> None:
     if _registered:
         return
     _registered = True
-    wrapt.register_post_import_hook(_register_models, 'timm.models')
+    if 'timm.models' in sys.modules:
+        _register_models()
+    else:
+        sys.meta_path.insert(0, _AfterTimmModels())
 
 
 _registered = False
 
 
-def _register_models(_timm_models: ModuleType) -> None:
+class _AfterTimmModels(MetaPathFinder):
+    """Finds nothing itself; has the models registered at the end of the import of `timm.models`.
+
+    wrapt has such a hook too, but importing wrapt takes four times as long as all else here does, in every program that
+    imports torch.
+    """
+
+    _searching = False
+
+    def find_spec(self, fullname, path=None, target=None) -> ModuleSpec | None:
+        if fullname != 'timm.models' or self._searching:
+            return None
+        self._searching = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._searching = False
+        if spec is not None and spec.loader is not None:
+            spec.loader = _ThenRegister(spec.loader)
+        return spec
+
+
+class _ThenRegister(Loader):
+    """Another loader, and after it the registration. The module is left with the other loader."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        _register_models()
+
+
+def _register_models() -> None:
     failures: dict[str, list[str]] = {}
     for name in MODEL_MODULES:
         try:
