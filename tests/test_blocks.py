@@ -9,6 +9,8 @@ from timm.layers import BlurPool2d, DropPath
 from timm.models import reparameterize_model
 from timm.models.resnet import BasicBlock, Bottleneck, downsample_avg, downsample_conv
 from torch import nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from timm_senetv2.layers import SqueezeAggregatedExcitation
 from timm_senetv2.models import blocks
@@ -330,10 +332,11 @@ def test_vmap_over_an_ensemble(cls):
             torch.testing.assert_close(out[i], timm_twin(member)(x), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
 @pytest.mark.parametrize('cls', BLOCKS)
-def test_second_derivatives(cls):
+def test_second_derivatives(cls, training):
     """A gradient penalty differentiates through the backward pass."""
-    block = build(cls, {}).eval()
+    block = build(cls, {}).train(training)
     x = images(2).requires_grad_()
 
     def penalty(block: nn.Module) -> torch.Tensor:
@@ -341,6 +344,105 @@ def test_second_derivatives(cls):
         return torch.autograd.grad(gradient.square().sum(), x)[0]
 
     torch.testing.assert_close(penalty(block), penalty(timm_twin(block)), rtol=1e-9, atol=1e-9)
+
+
+def kept_for_backward(block: nn.Module, x: torch.Tensor) -> int:
+    """How many tensors of the block's output's shape its forward pass keeps."""
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        out = block(x)
+    return sum(t.shape == out.shape for t in kept.values())
+
+
+@pytest.mark.parametrize('case', ['stride', 'drop path', 'add_identity'])
+@pytest.mark.parametrize('cls', BLOCKS)
+def test_training_keeps_one_large_tensor_less_than_timm(cls, case):
+    block = build(cls, CASES[case]).train()
+    assert kept_for_backward(block, images()) == kept_for_backward(timm_twin(block), images()) - 1
+
+
+def hooked(norm: nn.Module) -> nn.Module:
+    norm.register_forward_hook(lambda module, args, out: out * 1.5)
+    return norm
+
+
+@pytest.mark.parametrize('norm', [
+    ActNorm(WIDTH), nn.BatchNorm2d(WIDTH, affine=False), nn.BatchNorm2d(WIDTH, track_running_stats=False),
+    nn.BatchNorm2d(WIDTH, momentum=None), nn.GroupNorm(4, WIDTH), nn.Identity(), hooked(nn.BatchNorm2d(WIDTH)),
+], ids=['subclass', 'not affine', 'no statistics', 'no momentum', 'group norm', 'identity', 'hooked'])
+@pytest.mark.parametrize('cls', BLOCKS)
+def test_training_with_other_norms(cls, norm):
+    block = build(cls, {})
+    setattr(block, 'bn3' if cls is SaEBottleneck else 'bn2', copy.deepcopy(norm))
+    block.double().train()
+    twin = timm_twin(block)
+    x = images()
+    assert_same(run(block, x), run(twin, x), 1e-10)
+    for ours, theirs in zip(block.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize('cls', BLOCKS)
+def test_training_on_one_value_a_channel_raises_as_timm_does(cls):
+    block = build(cls, {}).train()
+    with pytest.raises(ValueError, match='Expected more than 1 value per channel when training'):
+        block(images(1)[:, :, :1, :1])
+
+
+@pytest.mark.parametrize('cls', BLOCKS)
+def test_training_with_frozen_parts(cls):
+    """Whatever has no gradient, the rest has the right one."""
+    for frozen in 'conv', 'bn', 'se':
+        block = build(cls, CASES['stride']).train()
+        for name, parameter in block.named_parameters():
+            parameter.requires_grad_(not name.startswith(frozen))
+        twin = timm_twin(block)
+        x = images()
+        got, want = run(block, x), run(twin, x)
+        assert_same(*({k: v for k, v in found.items() if v is not None} for found in (got, want)), 1e-10)
+
+
+@pytest.mark.parametrize('reentrant', [False, True])
+@pytest.mark.parametrize('cls', BLOCKS)
+def test_training_under_checkpoint(cls, reentrant):
+    block = build(cls, CASES['drop path']).train()
+    twin = timm_twin(block)
+    wrapped = partial(checkpoint, block, use_reentrant=reentrant)
+    wrapped.named_parameters = block.named_parameters
+    x = images()
+    assert_same(run(wrapped, x), run(twin, x), 1e-10)
+
+
+@pytest.mark.parametrize('cls', BLOCKS)
+def test_training_with_torch_func(cls):
+    """Gradients, forward-mode derivatives and an ensemble, of a function of the parameters, in training mode."""
+    block = build(cls, CASES['stride']).train()
+    twin = timm_twin(block)
+    x, direction = images(), images()
+
+    def state(model: nn.Module) -> tuple[dict, dict]:
+        return dict(model.named_parameters()), {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    def loss(model: nn.Module, parameters: dict, buffers: dict, x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, (parameters, buffers), (x,)).square().sum()
+
+    def check(got: dict | torch.Tensor, want: dict | torch.Tensor) -> None:
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+    def named_as_ours(found: dict) -> dict:
+        return {name.replace('se.sae.', 'se.'): value for name, value in found.items()}
+
+    got = torch.func.grad(partial(loss, block))(*state(block), x)
+    check(got, named_as_ours(torch.func.grad(partial(loss, twin))(*state(twin), x)))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, direction)
+        check(*(forward_ad.unpack_dual(loss(model, *state(model), dual)).tangent for model in (block, twin)))
+
+    others = block, build(cls, CASES['stride']).train()
+    got = torch.vmap(torch.func.grad(partial(loss, block)), (0, 0, None))(*torch.func.stack_module_state(others), x)
+    want = torch.vmap(torch.func.grad(partial(loss, twin)), (0, 0, None))(
+        *torch.func.stack_module_state([timm_twin(m) for m in others]), x)
+    check({k: v.detach() for k, v in got.items()}, named_as_ours(want))
 
 
 def trained_statistics(model: nn.Module) -> nn.Module:

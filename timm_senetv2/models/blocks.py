@@ -8,14 +8,18 @@ the shortcut and the activation. Here:
   y -> a·y + b of each channel, a = weight / sqrt(running_var + eps), b = bias - a · running_mean, and the 1x1 conv
   before it is a matrix W applied at every pixel. Means commute with both, so mean(a·Wx + b) = a·W·mean(x) + b: the
   squeeze reads the input of the conv, a quarter of the channels. And a·Wx + b = (aW)x + b, a conv with a bias: the norm
-  is no pass at all.
+  is no pass at all;
+* in training on a CPU, the output x of the last norm is not kept for the backward pass, which needs it only for the
+  gradient of the scale, sum(g·x) over the pixels. That is a·sum(g·y) + b·sum(g) of the norm's input y, which the norm
+  keeps anyway.
 
-Both are exact up to rounding. Where one does not hold, a block does what timm's does.
+All are exact up to rounding. Where one does not hold, a block does what timm's does.
 """
 import torch
 import torch.nn.functional as F
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..layers import SqueezeAggregatedExcitation
@@ -29,8 +33,76 @@ def _require_sae(block: nn.Module) -> None:
         )
 
 
-def _scale_add(x: torch.Tensor, scale: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
-    """x · scale + shortcut, (N, C, H, W) with a scale of (N, C). x is the caller's own and may be overwritten."""
+class _ScaleAddNormed(torch.autograd.Function):
+    """`addcmul(shortcut, x, scale)` that keeps y instead of x = a·y + b, the output of a batch norm in training.
+
+    Inputs: x, scale and shortcut, and what `_norm_in_training` returned beside x: that gets no gradient here, x brings
+    it there.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, scale, shortcut, y, mean, inverse_std, weight, bias, eps):
+        return torch.addcmul(shortcut, x, scale[..., None, None])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[1], *inputs[3:])
+
+    @staticmethod
+    def backward(ctx, grad):
+        scale, y, mean, inverse_std, weight, bias, eps = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a second derivative x has to depend on y in every way it does
+            x = F.batch_norm(y, None, None, weight, bias, training=True, eps=eps.item())
+            grad_scale = (grad * x).sum((2, 3))
+        else:
+            factor = weight * inverse_std
+            grad_scale = factor * (grad * y).sum((2, 3)) + (bias - factor * mean) * grad.sum((2, 3))
+        return grad * scale[..., None, None], grad_scale, grad, None, None, None, None, None, None
+
+
+def _can_restore(y: torch.Tensor, norm: nn.Module) -> bool:
+    """Whether `norm(y)` is plain BatchNorm in training, in full precision, eager, on a CPU, and nobody watches it."""
+    return (
+        not isinstance(y, torch.fx.Proxy)
+        and type(norm) is nn.BatchNorm2d
+        and norm.training
+        and norm.affine
+        and norm.running_mean is not None
+        and norm.momentum is not None
+        and not _is_hooked(norm)
+        and torch.is_grad_enabled()
+        and y.is_cpu
+        and y.dtype == norm.weight.dtype == norm.running_mean.dtype
+        and y.dtype in (torch.float32, torch.float64)  # half precision would round the two sums that a and b join
+        and y.numel() > y.shape[1]  # otherwise the norm has an error to raise
+        and not torch.compiler.is_compiling()  # a compiler decides itself what to keep
+        and not torch.jit.is_tracing()
+        and forward_ad.unpack_dual(y).tangent is None
+    )
+
+
+def _norm_in_training(y: torch.Tensor, norm: nn.BatchNorm2d) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """x = `norm(y)`, and what `_scale_add` needs in order not to keep x.
+
+    That is y, its mean and 1 / standard deviation in this batch, and the norm's weight, bias and eps.
+    """
+    norm.num_batches_tracked.add_(1)
+    x, mean, inverse_std = torch.native_batch_norm(
+        y, norm.weight, norm.bias, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps)
+    return x, [y, mean, inverse_std, norm.weight, norm.bias, torch.tensor(norm.eps, dtype=torch.float64)]
+
+
+def _scale_add(
+        x: torch.Tensor, scale: torch.Tensor, shortcut: torch.Tensor, kept: list[torch.Tensor]) -> torch.Tensor:
+    """x · scale + shortcut, (N, C, H, W) with a scale of (N, C). x is the caller's own and may be overwritten.
+
+    `kept` is what `_norm_in_training` returned beside x, or empty.
+    """
+    if not torch.jit.is_scripting():  # alone in its line: TorchScript then leaves the rest uncompiled
+        if kept:
+            return _ScaleAddNormed.apply(x, scale, shortcut, *kept)
     scale = scale[..., None, None]  # an ellipsis, because torch 2.5 cannot export slices of a dynamic batch
     if x.is_cpu and x.dtype == shortcut.dtype and not torch.is_grad_enabled():
         # On a CPU the memory of a new tensor, page by page, costs more than a second pass over the one at hand
@@ -110,7 +182,7 @@ def _conv_norm(x: torch.Tensor, conv: nn.Conv2d, norm: nn.Module) -> torch.Tenso
 
 
 class SaEBasicBlock(BasicBlock):
-    """timm's BasicBlock with SaE; channel scale and shortcut addition are one pass.
+    """timm's BasicBlock with SaE; scale and shortcut are one pass, and training on a CPU keeps one large tensor less.
 
     Its last conv reads as many channels as it writes, so squeezing before it would save no reading.
 
@@ -139,15 +211,23 @@ class SaEBasicBlock(BasicBlock):
         x = self.aa(x)
 
         x = self.conv2(x)
-        x = self.bn2(x)
+        x, kept = self._norm(x)
         scale = self.se.scale(self.se.squeeze(x))
         if self.drop_path is not None:
             scale = self.drop_path(scale)  # a sample's branch is dropped by its scale, at no pass over x
 
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
-        x = _scale_add(x, scale, shortcut)
+        x = _scale_add(x, scale, shortcut, kept)
         return self.act2(x)
+
+
+    def _norm(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The last norm, (N, C, H, W), and for `_scale_add` `kept`."""
+        if not torch.jit.is_scripting():
+            if _can_restore(x, self.bn2):
+                return _norm_in_training(x, self.bn2)
+        return self.bn2(x), []
 
 
 class SaEBottleneck(Bottleneck):
@@ -185,22 +265,26 @@ class SaEBottleneck(Bottleneck):
         x = self.act2(x)
         x = self.aa(x)
 
-        x, pooled = self._expand(x)
+        x, pooled, kept = self._expand(x)
         scale = self.se.scale(pooled)
         if self.drop_path is not None:
             scale = self.drop_path(scale)  # a sample's branch is dropped by its scale, at no pass over x
 
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
-        x = _scale_add(x, scale, shortcut)
+        x = _scale_add(x, scale, shortcut, kept)
         return self.act3(x)
 
-    def _expand(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last conv and its norm, (N, C, H, W), and their channel means, (N, C)."""
-        if not torch.jit.is_scripting():  # alone in its line: TorchScript then leaves the rest uncompiled
+    def _expand(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """The last conv and its norm, (N, C, H, W), their channel means, (N, C), and for `_scale_add` `kept`."""
+        if not torch.jit.is_scripting():
             if not isinstance(x, torch.fx.Proxy) and _can_squeeze_before(self.conv3, self.bn3):
                 pooled = _squeeze_before(self.se.squeeze(x), self.conv3, self.bn3)
-                return _conv_norm(x, self.conv3, self.bn3), pooled
+                return _conv_norm(x, self.conv3, self.bn3), pooled, []
         x = self.conv3(x)
+        if not torch.jit.is_scripting():
+            if _can_restore(x, self.bn3):
+                x, kept = _norm_in_training(x, self.bn3)
+                return x, self.se.squeeze(x), kept
         x = self.bn3(x)
-        return x, self.se.squeeze(x)
+        return x, self.se.squeeze(x), []
