@@ -1,4 +1,5 @@
 """What all tests share: a fixed seed, and a Hub on loopback."""
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,14 @@ from hub_server import HubServer
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def compile_anew() -> Iterator[None]:
+    """torch.compile counts how often it compiled a function for the whole process, and refuses to go on after eight."""
+    yield
+    if 'torch._dynamo' in sys.modules:
+        torch.compiler.reset()
 
 
 @pytest.fixture

@@ -69,10 +69,11 @@ def test_sae_equals_separate_branches_forward_and_gradients(cardinality, add_ide
     torch.testing.assert_close(layer.fc2.bias.grad, expected_grads[-1], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('factor', [1, 2, 4, 16])
 @pytest.mark.parametrize('op', ['sum', 'mean', 'max'])
-def test_aggregation_equals_a_loop_over_groups_forward_and_gradients(op, factor):
-    x = image(dtype=torch.float64).requires_grad_()
+def test_aggregation_equals_a_loop_over_groups_forward_and_gradients(op, factor, memory_format):
+    x = image(dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
     channels = []
     for group in range(16 // factor):
         members = [x[:, group * factor + i] for i in range(factor)]
@@ -85,6 +86,21 @@ def test_aggregation_equals_a_loop_over_groups_forward_and_gradients(op, factor)
     actual_grad, = torch.autograd.grad(actual, x, direction)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(actual_grad, expected_grad, rtol=0, atol=1e-12)
+    if op != 'max' and factor in (2, 4):
+        assert actual_grad.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize('op', ['sum', 'mean', 'max'])
+def test_other_derivatives_of_aggregation(op):
+    """Second derivatives, forward mode, and vmap, numerically and against one image at a time."""
+    layer = ChannelAggregation(4, op)
+    x = torch.randn(2, 8, 2, 2, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(layer, x, check_forward_ad=True, check_batched_grad=True)
+    torch.autograd.gradgradcheck(layer, x)
+    images = torch.randn(3, 2, 8, 2, 2)
+    got = torch.vmap(torch.func.grad(lambda x: layer(x).square().sum()))(images)
+    for i, x in enumerate(images):
+        torch.testing.assert_close(got[i], torch.func.grad(lambda x: layer(x).square().sum())(x))
 
 
 def max_of(tensors):
