@@ -15,4 +15,4 @@ echo "$("$python" --version)," $lowest
 export OMP_NUM_THREADS=1
 cd "$root"
 "$python" tests/run_timm_tests.py --fast -n 2
-"$python" -m pytest -q -n 2 tests/test_layers.py tests/test_models.py tests/test_registration.py tests/test_package.py
+"$python" -m pytest -q -n 2 tests/test_layers.py tests/test_blocks.py tests/test_models.py tests/test_registration.py tests/test_package.py

@@ -191,9 +191,10 @@ def test_other_norms_it_holds_for(norm):
 
 @pytest.mark.parametrize('n', [0, 1, 16])
 def test_any_batch_size(n):
-    """The weight of the last conv is larger than its output, or smaller: other steps, the same result."""
+    """Where the weight of the last conv is no smaller than its output, there is nothing to spare."""
     block = build(SaEBottleneck, {}).eval()
     x = images(n)[:, :, :2, :2]
+    assert squeezed_from(block, x) == [(n, PLANES if n == 16 else WIDTH, 2, 2)]
     torch.testing.assert_close(block(x), timm_twin(block)(x), rtol=1e-10, atol=1e-10)
 
 
@@ -320,8 +321,23 @@ def test_torchscript_script_and_trace(cls):
 
 
 @pytest.mark.parametrize('cls', BLOCKS)
+def test_forward_mode_derivative_without_autograd(cls):
+    """It has no rule for what a block overwrites otherwise."""
+    block = build(cls, CASES['stride']).eval()
+    with torch.no_grad(), forward_ad.dual_level():
+        x = forward_ad.make_dual(images(), images())
+        got, want = (forward_ad.unpack_dual(model(x)) for model in (block, timm_twin(block)))
+    torch.testing.assert_close(got.primal, want.primal, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(got.tangent, want.tangent, rtol=1e-10, atol=1e-10)
+    with torch.no_grad():
+        got, want = (torch.func.jvp(model, (x.detach(),), (x.detach(),)) for model in (block, timm_twin(block)))
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('cls', BLOCKS)
 def test_vmap_over_an_ensemble(cls):
-    """torch.func's way to run several models at once; it has no rules for `out=` arguments."""
+    """torch.func's way to run several models at once; it has no rule for what a block overwrites otherwise."""
     members = [build(cls, CASES['stride']).eval() for _ in range(2)]
     state = torch.func.stack_module_state(members)
     x = images()

@@ -54,8 +54,15 @@ class _GroupSum(torch.autograd.Function):
         return _sum_groups(x_tangent, ctx.factor)
 
 
-def _is_eager(x: torch.Tensor) -> bool:
-    return not (isinstance(x, torch.fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing())
+def _needs_gradient(x: torch.Tensor) -> bool:
+    """Whether an eager program will ask for the gradient of x."""
+    return (
+        not isinstance(x, torch.fx.Proxy)
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and torch.is_grad_enabled()
+        and x.requires_grad
+    )
 
 
 class ChannelAggregation(nn.Module):
@@ -97,7 +104,7 @@ class ChannelAggregation(nn.Module):
 
     def _sum(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():  # alone in its line: TorchScript then leaves the rest uncompiled
-            if _is_eager(x) and self.factor > 1:
+            if self.factor > 1 and _needs_gradient(x):
                 return _GroupSum.apply(x, self.factor)
         return _sum_groups(x, self.factor)
 

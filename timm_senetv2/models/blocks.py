@@ -94,6 +94,23 @@ def _norm_in_training(y: torch.Tensor, norm: nn.BatchNorm2d) -> tuple[torch.Tens
     return x, [y, mean, inverse_std, norm.weight, norm.bias, torch.tensor(norm.eps, dtype=torch.float64)]
 
 
+def _overwrite(x: torch.Tensor, scale: torch.Tensor, shortcut: torch.Tensor) -> bool:
+    """Make x x · scale + shortcut, where it can be: on a CPU the memory of a new tensor, page by page, costs time."""
+    if (
+            not x.is_cpu
+            or not x.dtype == scale.dtype == shortcut.dtype
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or any(forward_ad.unpack_dual(t).tangent is not None for t in (x, scale, shortcut))
+    ):
+        return False
+    try:
+        torch.addcmul(shortcut, x, scale, out=x)
+    except RuntimeError:  # vmap has no rule for `out` and leaves x alone
+        return False
+    return True
+
+
 def _scale_add(
         x: torch.Tensor, scale: torch.Tensor, shortcut: torch.Tensor, kept: list[torch.Tensor]) -> torch.Tensor:
     """x · scale + shortcut, (N, C, H, W) with a scale of (N, C). x is the caller's own and may be overwritten.
@@ -104,9 +121,9 @@ def _scale_add(
         if kept:
             return _ScaleAddNormed.apply(x, scale, shortcut, *kept)
     scale = scale[..., None, None]  # an ellipsis, because torch 2.5 cannot export slices of a dynamic batch
-    if x.is_cpu and x.dtype == shortcut.dtype and not torch.is_grad_enabled():
-        # On a CPU the memory of a new tensor, page by page, costs more than a second pass over the one at hand
-        return x.mul_(scale).add_(shortcut)
+    if not torch.jit.is_scripting():
+        if _overwrite(x, scale, shortcut):
+            return x
     return torch.addcmul(shortcut, x, scale)
 
 
@@ -150,6 +167,16 @@ def _can_squeeze_before(conv: nn.Module, norm: nn.Module) -> bool:
     )
 
 
+def _is_small(x: torch.Tensor) -> bool:
+    """Whether a 1x1 conv's weight is no smaller than its output for x, where that matters: eager and on a CPU."""
+    return (
+        x.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and x.shape[0] * x.shape[2] * x.shape[3] <= x.shape[1]
+    )
+
+
 def _squeeze_before(pooled: torch.Tensor, conv: nn.Module, norm: nn.Module) -> torch.Tensor:
     """The channel means of `norm(conv(x))`, (N, C_out), from those of x, (N, C_in)."""
     pooled = F.linear(pooled, conv.weight.flatten(1), conv.bias)
@@ -165,7 +192,6 @@ def _conv_norm(x: torch.Tensor, conv: nn.Conv2d, norm: nn.Module) -> torch.Tenso
             or not x.is_cpu  # elsewhere the bias of a conv is a pass of its own
             or torch.compiler.is_compiling()  # a compiler makes the norm part of the next pass
             or torch.jit.is_tracing()
-            or x.shape[0] * x.shape[2] * x.shape[3] <= x.shape[1]  # the weight is no smaller than the output
     ):
         return norm(conv(x))
     dtype = torch.promote_types(norm.running_var.dtype, torch.float32)  # half precision would round the factor
@@ -278,7 +304,7 @@ class SaEBottleneck(Bottleneck):
     def _expand(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         """The last conv and its norm, (N, C, H, W), their channel means, (N, C), and for `_scale_add` `kept`."""
         if not torch.jit.is_scripting():
-            if not isinstance(x, torch.fx.Proxy) and _can_squeeze_before(self.conv3, self.bn3):
+            if not isinstance(x, torch.fx.Proxy) and _can_squeeze_before(self.conv3, self.bn3) and not _is_small(x):
                 pooled = _squeeze_before(self.se.squeeze(x), self.conv3, self.bn3)
                 return _conv_norm(x, self.conv3, self.bn3), pooled, []
         x = self.conv3(x)
