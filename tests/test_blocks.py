@@ -453,6 +453,15 @@ def test_training_with_torch_func(cls):
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(x, direction)
         check(*(forward_ad.unpack_dual(loss(model, *state(model), dual)).tangent for model in (block, twin)))
+        for part in 'se', 'conv', 'bn', 'downsample':
+            tangents = []
+            for model in block, twin:
+                parameters, buffers = state(model)
+                parameters = {
+                    name: forward_ad.make_dual(p, torch.ones_like(p)) if name.startswith(part) else p
+                    for name, p in parameters.items()}
+                tangents.append(forward_ad.unpack_dual(loss(model, parameters, buffers, x)).tangent)
+            check(*tangents)
 
     others = block, build(cls, CASES['stride']).train()
     got = torch.vmap(torch.func.grad(partial(loss, block)), (0, 0, None))(*torch.func.stack_module_state(others), x)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ._checks import check_whole_number
+from ._eager import is_eager
 
 
 def _check_groups(channels: int, factor: int) -> None:
@@ -54,17 +55,6 @@ class _GroupSum(torch.autograd.Function):
         return _sum_groups(x_tangent, ctx.factor)
 
 
-def _needs_gradient(x: torch.Tensor) -> bool:
-    """Whether an eager program will ask for the gradient of x."""
-    return (
-        not isinstance(x, torch.fx.Proxy)
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and torch.is_grad_enabled()
-        and x.requires_grad
-    )
-
-
 class ChannelAggregation(nn.Module):
     """Replace each group of `factor` consecutive channels by their sum, mean or maximum.
 
@@ -104,7 +94,7 @@ class ChannelAggregation(nn.Module):
 
     def _sum(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():  # alone in its line: TorchScript then leaves the rest uncompiled
-            if self.factor > 1 and _needs_gradient(x):
+            if self.factor > 1 and is_eager(x) and torch.is_grad_enabled() and x.requires_grad:
                 return _GroupSum.apply(x, self.factor)
         return _sum_groups(x, self.factor)
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ._checks import check_whole_number
+from ._eager import has_tangent, is_eager, scale_gradients
 
 _WEIGHTS = ('fc1.weight', 'fc1.bias', 'fc2.weight', 'fc2.bias')
 _GATES = {'sigmoid': nn.Sigmoid, 'hard_sigmoid': nn.Hardsigmoid, 'tanh': nn.Tanh}
@@ -25,6 +26,24 @@ def _channel_means(x: torch.Tensor) -> torch.Tensor:
 
 
 torch.fx.wrap('_channel_means')  # it looks at the dtype, so fx tracing must not look into it
+
+
+class _Scale(torch.autograd.Function):
+    """x · scale, (N, C, H, W) with a scale of (N, C), and a backward pass that takes no more memory than its result."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, scale):
+        return x * scale[..., None, None]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return scale_gradients(grad, *ctx.saved_tensors)
 
 
 class SqueezeAggregatedExcitation(nn.Module):
@@ -217,8 +236,11 @@ class SqueezeAggregatedExcitation(nn.Module):
         return 1 + s if self.add_identity else s
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # an ellipsis, because torch 2.5 cannot export slices of a dynamic batch
-        return x * self.scale(self.squeeze(x))[..., None, None]
+        scale = self.scale(self.squeeze(x))
+        if not torch.jit.is_scripting():  # alone in its line: TorchScript then leaves the rest uncompiled
+            if is_eager(x) and torch.is_grad_enabled() and not has_tangent(x, scale):
+                return _Scale.apply(x, scale)
+        return x * scale[..., None, None]  # an ellipsis, because torch 2.5 cannot export slices of a dynamic batch
 
     def extra_repr(self) -> str:
         text = f'{self.channels}, cardinality={self.cardinality}, rd_channels={self.rd_channels}'

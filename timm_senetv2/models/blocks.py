@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
-from torch.autograd import forward_ad
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..layers import SqueezeAggregatedExcitation
+from ..layers._eager import has_tangent, is_eager, scale_gradients
 
 
 def _require_sae(block: nn.Module) -> None:
@@ -55,17 +55,18 @@ class _ScaleAddNormed(torch.autograd.Function):
         scale, y, mean, inverse_std, weight, bias, eps = ctx.saved_tensors
         if torch.is_grad_enabled():  # for a second derivative x has to depend on y in every way it does
             x = F.batch_norm(y, None, None, weight, bias, training=True, eps=eps.item())
-            grad_scale = (grad * x).sum((2, 3))
+            grad_x, grad_scale = scale_gradients(grad, x, scale)
         else:
+            grad_x, sums = scale_gradients(grad, y, scale)
             factor = weight * inverse_std
-            grad_scale = factor * (grad * y).sum((2, 3)) + (bias - factor * mean) * grad.sum((2, 3))
-        return grad * scale[..., None, None], grad_scale, grad, None, None, None, None, None, None
+            grad_scale = factor * sums + (bias - factor * mean) * grad.sum((2, 3))
+        return grad_x, grad_scale, grad, None, None, None, None, None, None
 
 
 def _can_restore(y: torch.Tensor, norm: nn.Module) -> bool:
     """Whether `norm(y)` is plain BatchNorm in training, in full precision, eager, on a CPU, and nobody watches it."""
     return (
-        not isinstance(y, torch.fx.Proxy)
+        is_eager(y)
         and type(norm) is nn.BatchNorm2d
         and norm.training
         and norm.affine
@@ -77,9 +78,6 @@ def _can_restore(y: torch.Tensor, norm: nn.Module) -> bool:
         and y.dtype == norm.weight.dtype == norm.running_mean.dtype
         and y.dtype in (torch.float32, torch.float64)  # half precision would round the two sums that a and b join
         and y.numel() > y.shape[1]  # otherwise the norm has an error to raise
-        and not torch.compiler.is_compiling()  # a compiler decides itself what to keep
-        and not torch.jit.is_tracing()
-        and forward_ad.unpack_dual(y).tangent is None
     )
 
 
@@ -100,8 +98,8 @@ def _overwrite(x: torch.Tensor, scale: torch.Tensor, shortcut: torch.Tensor) -> 
             not x.is_cpu
             or not x.dtype == scale.dtype == shortcut.dtype
             or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or any(forward_ad.unpack_dual(t).tangent is not None for t in (x, scale, shortcut))
+            or not is_eager(x)
+            or has_tangent(x, scale, shortcut)
     ):
         return False
     try:
@@ -118,7 +116,7 @@ def _scale_add(
     `kept` is what `_norm_in_training` returned beside x, or empty.
     """
     if not torch.jit.is_scripting():  # alone in its line: TorchScript then leaves the rest uncompiled
-        if kept:
+        if kept and not has_tangent(x, scale, shortcut):
             return _ScaleAddNormed.apply(x, scale, shortcut, *kept)
     scale = scale[..., None, None]  # an ellipsis, because torch 2.5 cannot export slices of a dynamic batch
     if not torch.jit.is_scripting():
@@ -171,8 +169,7 @@ def _is_small(x: torch.Tensor) -> bool:
     """Whether a 1x1 conv's weight is no smaller than its output for x, where that matters: eager and on a CPU."""
     return (
         x.is_cpu
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and is_eager(x)
         and x.shape[0] * x.shape[2] * x.shape[3] <= x.shape[1]
     )
 
@@ -190,8 +187,7 @@ def _conv_norm(x: torch.Tensor, conv: nn.Conv2d, norm: nn.Module) -> torch.Tenso
     if (
             type(norm) is nn.Identity
             or not x.is_cpu  # elsewhere the bias of a conv is a pass of its own
-            or torch.compiler.is_compiling()  # a compiler makes the norm part of the next pass
-            or torch.jit.is_tracing()
+            or not is_eager(x)  # a compiler makes the norm part of the next pass
     ):
         return norm(conv(x))
     dtype = torch.promote_types(norm.running_var.dtype, torch.float32)  # half precision would round the factor
