@@ -207,6 +207,28 @@ def test_path_for_other_devices_gives_the_same(monkeypatch):
     torch.testing.assert_close(block(x), want, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize('hooked_part', [None, 0, 1, 'all'])
+@pytest.mark.parametrize('downsample', [
+    downsample_conv(WIDTH, WIDTH, kernel_size=1, stride=2),
+    downsample_conv(WIDTH, WIDTH, kernel_size=3, stride=2),
+    downsample_avg(WIDTH, WIDTH, kernel_size=1, stride=2),
+    nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 1, stride=2, groups=2), ActNorm(WIDTH)),
+], ids=['conv', '3x3 conv', 'pool', 'norm subclass'])
+@pytest.mark.parametrize('cls', BLOCKS)
+def test_shortcuts_norm_in_inference(cls, downsample, hooked_part):
+    block = build(cls, dict(stride=2, downsample=lambda *args, **kwargs: copy.deepcopy(downsample))).eval()
+    twin, x, seen = timm_twin(block), images(), []
+    for model in block, twin:
+        if hooked_part is not None:
+            module = model.downsample if hooked_part == 'all' else model.downsample[hooked_part]
+            module.register_forward_hook(lambda module, args, out: seen.append(out.clone()))
+    with torch.inference_mode():
+        torch.testing.assert_close(block(x), twin(x), rtol=1e-10, atol=1e-10)
+    if seen:
+        torch.testing.assert_close(*seen, rtol=1e-10, atol=1e-10)
+    assert len(seen) == (0 if hooked_part is None else 2)
+
+
 @pytest.mark.parametrize('name', ['conv3', 'bn3'])
 def test_hooks_see_what_they_see_in_timms_block(name):
     block = build(SaEBottleneck, {}).eval()

@@ -95,10 +95,10 @@ def _norm_in_training(y: torch.Tensor, norm: nn.BatchNorm2d) -> tuple[torch.Tens
 def _overwrite(x: torch.Tensor, scale: torch.Tensor, shortcut: torch.Tensor) -> bool:
     """Make x x · scale + shortcut, where it can be: on a CPU the memory of a new tensor, page by page, costs time."""
     if (
-            not x.is_cpu
+            not is_eager(x)
+            or not x.is_cpu
             or not x.dtype == scale.dtype == shortcut.dtype
             or torch.is_grad_enabled()
-            or not is_eager(x)
             or has_tangent(x, scale, shortcut)
     ):
         return False
@@ -154,11 +154,12 @@ def _is_hooked(module: nn.Module) -> bool:
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
-def _can_squeeze_before(conv: nn.Module, norm: nn.Module) -> bool:
+def _is_affine_at_each_pixel(conv: nn.Module, norm: nn.Module) -> bool:
     """Whether `norm(conv(x))` is now one affine map of the channels at each pixel, and nobody watches it."""
     return (
         type(conv) is nn.Conv2d
         and conv.kernel_size == (1, 1)
+        and conv.padding == (0, 0)
         and (type(norm) is nn.Identity or _is_affine(norm) and not norm.training)
         and not _is_hooked(conv)
         and not _is_hooked(norm)
@@ -168,8 +169,8 @@ def _can_squeeze_before(conv: nn.Module, norm: nn.Module) -> bool:
 def _is_small(x: torch.Tensor) -> bool:
     """Whether a 1x1 conv's weight is no smaller than its output for x, where that matters: eager and on a CPU."""
     return (
-        x.is_cpu
-        and is_eager(x)
+        is_eager(x)
+        and x.is_cpu
         and x.shape[0] * x.shape[2] * x.shape[3] <= x.shape[1]
     )
 
@@ -186,8 +187,8 @@ def _conv_norm(x: torch.Tensor, conv: nn.Conv2d, norm: nn.Module) -> torch.Tenso
     """`norm(conv(x))` for a 1x1 conv and a norm in eval mode."""
     if (
             type(norm) is nn.Identity
-            or not x.is_cpu  # elsewhere the bias of a conv is a pass of its own
             or not is_eager(x)  # a compiler makes the norm part of the next pass
+            or not x.is_cpu  # elsewhere the bias of a conv is a pass of its own
     ):
         return norm(conv(x))
     dtype = torch.promote_types(norm.running_var.dtype, torch.float32)  # half precision would round the factor
@@ -200,7 +201,23 @@ def _conv_norm(x: torch.Tensor, conv: nn.Conv2d, norm: nn.Module) -> torch.Tenso
     if norm.bias is not None:
         bias = bias + norm.bias
     weight = conv.weight * factor[:, None, None, None]
-    return F.conv2d(x, weight.to(conv.weight.dtype), bias.to(conv.weight.dtype))
+    dtype = conv.weight.dtype
+    return F.conv2d(
+        x, weight.to(dtype), bias.to(dtype), conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _shortcut(x: torch.Tensor, downsample: nn.Module) -> torch.Tensor:
+    """`downsample(x)`; timm's (conv, norm) and (pool, conv, norm) without a pass for a norm in eval mode."""
+    if (
+            type(downsample) is nn.Sequential
+            and len(downsample) in (2, 3)
+            and not _is_hooked(downsample)
+            and _is_affine_at_each_pixel(downsample[-2], downsample[-1])
+    ):
+        for module in downsample[:-2]:
+            x = module(x)
+        return _conv_norm(x, downsample[-2], downsample[-1])
+    return downsample(x)
 
 
 class SaEBasicBlock(BasicBlock):
@@ -239,7 +256,10 @@ class SaEBasicBlock(BasicBlock):
             scale = self.drop_path(scale)  # a sample's branch is dropped by its scale, at no pass over x
 
         if self.downsample is not None:
-            shortcut = self.downsample(shortcut)
+            if torch.jit.is_scripting():
+                shortcut = self.downsample(shortcut)
+            else:
+                shortcut = _shortcut(shortcut, self.downsample)
         x = _scale_add(x, scale, shortcut, kept)
         return self.act2(x)
 
@@ -293,14 +313,17 @@ class SaEBottleneck(Bottleneck):
             scale = self.drop_path(scale)  # a sample's branch is dropped by its scale, at no pass over x
 
         if self.downsample is not None:
-            shortcut = self.downsample(shortcut)
+            if torch.jit.is_scripting():
+                shortcut = self.downsample(shortcut)
+            else:
+                shortcut = _shortcut(shortcut, self.downsample)
         x = _scale_add(x, scale, shortcut, kept)
         return self.act3(x)
 
     def _expand(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         """The last conv and its norm, (N, C, H, W), their channel means, (N, C), and for `_scale_add` `kept`."""
         if not torch.jit.is_scripting():
-            if not isinstance(x, torch.fx.Proxy) and _can_squeeze_before(self.conv3, self.bn3) and not _is_small(x):
+            if self._can_squeeze_before(x):
                 pooled = _squeeze_before(self.se.squeeze(x), self.conv3, self.bn3)
                 return _conv_norm(x, self.conv3, self.bn3), pooled, []
         x = self.conv3(x)
@@ -310,3 +333,11 @@ class SaEBottleneck(Bottleneck):
                 return x, self.se.squeeze(x), kept
         x = self.bn3(x)
         return x, self.se.squeeze(x), []
+
+    def _can_squeeze_before(self, x: torch.Tensor) -> bool:
+        return (
+            not isinstance(x, torch.fx.Proxy)
+            and _is_affine_at_each_pixel(self.conv3, self.bn3)
+            and self.conv3.stride == (1, 1)
+            and not _is_small(x)
+        )
