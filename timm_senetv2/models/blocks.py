@@ -256,10 +256,7 @@ class SaEBasicBlock(BasicBlock):
             scale = self.drop_path(scale)  # a sample's branch is dropped by its scale, at no pass over x
 
         if self.downsample is not None:
-            if torch.jit.is_scripting():
-                shortcut = self.downsample(shortcut)
-            else:
-                shortcut = _shortcut(shortcut, self.downsample)
+            shortcut = self.downsample(shortcut)
         x = _scale_add(x, scale, shortcut, kept)
         return self.act2(x)
 
