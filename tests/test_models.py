@@ -532,7 +532,7 @@ def test_empty_batch(name):
     assert model(images(0)).shape == (0, model.num_classes)
 
 
-@pytest.mark.parametrize('name', ['small_saecnn', 'senetv2_resnet20', 'seanet20'])
+@pytest.mark.parametrize('name', ['small_saecnn', 'senetv2_resnet20', 'seanet20', 'senextv2_26t_32x4d'])
 def test_compile_fullgraph_and_export_with_a_dynamic_batch(name):
     model, x = timm.create_model(name).eval(), images(3)
     with torch.no_grad():

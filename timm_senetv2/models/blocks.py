@@ -178,9 +178,7 @@ def _is_small(x: torch.Tensor) -> bool:
 def _squeeze_before(pooled: torch.Tensor, conv: nn.Module, norm: nn.Module) -> torch.Tensor:
     """The channel means of `norm(conv(x))`, (N, C_out), from those of x, (N, C_in)."""
     pooled = F.linear(pooled, conv.weight.flatten(1), conv.bias)
-    if type(norm) is nn.Identity:  # after `reparameterize`
-        return pooled
-    return F.batch_norm(pooled, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+    return norm(pooled[..., None, None]).flatten(1)  # called: torch 2.5 cannot export a norm's buffers used elsewhere
 
 
 def _conv_norm(x: torch.Tensor, conv: nn.Conv2d, norm: nn.Module) -> torch.Tensor:
@@ -214,8 +212,8 @@ def _shortcut(x: torch.Tensor, downsample: nn.Module) -> torch.Tensor:
             and not _is_hooked(downsample)
             and _is_affine_at_each_pixel(downsample[-2], downsample[-1])
     ):
-        for module in downsample[:-2]:
-            x = module(x)
+        if len(downsample) == 3:
+            x = downsample[0](x)
         return _conv_norm(x, downsample[-2], downsample[-1])
     return downsample(x)
 
