@@ -2,6 +2,7 @@
 # torch, timm and matplotlib are imported in main(), after the arguments: --help needs no installation and no patience
 import argparse
 import csv
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -113,6 +114,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f'did you mean {" or ".join(close)}?' if close else 'timm.list_models() has all names'))
     data = load_dataset(args.dataset, args.data_dir)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    if device.type == 'cpu' and 'OMP_NUM_THREADS' not in os.environ:
+        # On all cores, each step of these small models would wait for the one core that something else runs on
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
     shown = MODELS[-1] if MODELS[-1] in args.models else args.models[-1]
 
     print(f'{data.name}: {len(data.train)} images to train on, {len(data.test)} held out, {len(data.classes)} classes; '
