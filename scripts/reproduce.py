@@ -19,7 +19,8 @@ of an epoch wait for another epoch.
 In --out: results.csv (a row a run), curves.csv (a row an epoch), table.md, accuracy_vs_parameters.png, curves.png.
 Accuracies are in percent of the test images: `accuracy` after the last epoch, `best_accuracy` that of the best epoch
 on the test images, which is what the papers report and is optimistic. Killed at any moment and started again with the
-same arguments, it goes on at the last finished epoch and repeats no finished run.
+same arguments, it goes on at the last finished epoch and repeats no finished run. Started several times at once, say
+once a GPU under CUDA_VISIBLE_DEVICES, the processes share out the runs and write to the same files.
 """
 import argparse
 import hashlib
@@ -29,6 +30,8 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -49,6 +52,7 @@ from _report import (
     write_csv,
 )
 from _training import ModelSpec, did_you_mean, parse_specs, profile, train
+from filelock import FileLock, Timeout
 from safetensors.torch import save
 from timm.optim import list_optimizers
 from tqdm import tqdm
@@ -171,34 +175,58 @@ def main(argv: list[str] | None = None) -> None:
     baseline = str(parse_specs(args.baseline)[0] if args.baseline else specs[0])
     seeds = list(dict.fromkeys(args.seeds))
     out = Path(args.out)
-    results = read_csv(out / 'results.csv', RESULTS)
+    read_csv(out / 'results.csv', RESULTS)
     read_csv(out / 'curves.csv', CURVES)
     data = load_dataset(args.dataset, args.data_dir, not args.no_download, args.limit)
     batches = Batches(data, settings, args.workers)
     profiles = {spec: profile(spec, len(data.classes), batches) for spec in specs}
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        (out / 'runs').mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, PermissionError) as e:
         raise UserError(f'--out {out} cannot be made a folder: {e.strerror}') from None
 
     torch.backends.cudnn.deterministic = True
-    done = {row['run'] for row in results}
     grid = [(spec, seed, run_id(spec, seed, settings)) for seed in seeds for spec in specs]
     command = shlex.join(['python', 'scripts/reproduce.py', *(sys.argv[1:] if argv is None else argv)])
     with tqdm(total=len(grid) * settings.epochs, unit='epoch', disable=None, mininterval=1) as bar:
         for spec, seed, name in grid:
-            if name in done:
-                bar.update(settings.epochs)
-                continue
             run_dir = out / 'runs' / name
-            bar.set_description(f'{spec} seed {seed}')
-            model, history = train(spec, seed, settings, batches, run_dir, bar)
-            finish(out, name, spec, seed, settings, model, history, profiles[spec], command, args.save_weights)
-            if not args.keep_checkpoints:
-                shutil.rmtree(run_dir)
+            with claimed(run_dir) as ours:
+                if not ours:
+                    tqdm.write(f'{spec} seed {seed}: left to another process, which is at it')
+                if not ours or name in {row['run'] for row in read_csv(out / 'results.csv', RESULTS)}:
+                    bar.update(settings.epochs)
+                    continue
+                bar.set_description(f'{spec} seed {seed}')
+                model, history = train(spec, seed, settings, batches, run_dir, bar)
+                with files_of(out):
+                    finish(out, name, spec, seed, settings, model, history, profiles[spec], command, args.save_weights)
+                if not args.keep_checkpoints:
+                    shutil.rmtree(run_dir)
             tqdm.write(f'{spec} seed {seed}: accuracy {history[-1]["accuracy"]:.2f} % after {settings.epochs} epochs, '
                        f'best {max(row["accuracy"] for row in history):.2f} %')
-    print(report(out, settings, baseline))
+    with files_of(out):
+        print(report(out, settings, baseline))
+
+
+@contextmanager
+def claimed(run_dir: Path) -> Iterator[bool]:
+    """Whether this process may make a run: while it is inside, no other may."""
+    lock = FileLock(run_dir.with_name(f'{run_dir.name}.lock'))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def files_of(out: Path) -> FileLock:
+    """To be held while the files in `out` are read and written anew."""
+    return FileLock(out / 'runs' / 'files.lock')
 
 
 def finish(

@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,32 @@ def test_killed_and_started_again_equals_uninterrupted(finished, tmp_path):
     reproduce.main(arguments)
     assert rows(tmp_path) == rows(finished)
     assert rows(tmp_path, 'curves.csv') == rows(finished, 'curves.csv')
+
+
+def test_processes_at_once_share_out_the_runs_and_lose_none(finished, tmp_path):
+    arguments = [*SMALL, '--seeds', '0', '1', '--epochs', '3', '--out', str(tmp_path), '--save-weights']
+    processes = [
+        subprocess.Popen([sys.executable, str(SCRIPT), *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        for _ in range(2)
+    ]
+    assert [process.wait(timeout=200) for process in processes] == [0, 0]
+    key = itemgetter('run')
+    assert sorted(rows(tmp_path), key=key) == sorted(rows(finished), key=key)
+    assert len(rows(tmp_path, 'curves.csv')) == 4 * 3
+    lines = table(read_csv(tmp_path / 'results.csv', reproduce.RESULTS), 'small_cnn')
+    assert lines in (tmp_path / 'table.md').read_text()
+
+
+def test_a_run_of_another_process_is_left_to_it(finished, tmp_path, capsys):
+    arguments = [*SMALL, '--seeds', '0', '--epochs', '3', '--out', str(tmp_path)]
+    first, second = rows(finished)[:2]
+    with reproduce.claimed(tmp_path / 'runs' / first['run']) as ours:
+        assert ours
+        reproduce.main(arguments)
+    assert 'small_cnn seed 0: left to another process' in capsys.readouterr().out
+    assert rows(tmp_path) == [second]
+    reproduce.main(arguments)
+    assert rows(tmp_path) == [second, first]
 
 
 def settings(**changes) -> Settings:
