@@ -13,6 +13,8 @@ from scipy import stats
 
 FORMAT = 1  # of results.csv and curves.csv; raise it when a column changes its meaning
 
+NUMBERS = {'seed', 'epoch', 'parameters', 'gmacs', 'loss', 'test_loss', 'accuracy', 'best_accuracy'}  # that are read
+
 Row = dict[str, str]  # of results.csv or curves.csv
 
 
@@ -38,16 +40,22 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     """The rows of a file written by `write_csv`, none where there is no file."""
     if not path.exists():
         return []
-    with path.open(newline='') as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != columns:
-            raise UserError(f'{path} was not written by this version of the script (its columns differ); '
-                            f'move it away or give another --out')
-        rows = list(reader)
-    for row in rows:
-        if None in row or None in row.values() or row.get('format', str(FORMAT)) != str(FORMAT):
-            raise UserError(f'{path} was written by another version of the script or is damaged; '
-                            f'move it away or give another --out')
+    damaged = UserError(
+        f'{path} was written by another version of the script or is damaged; move it away or give another --out')
+    try:
+        with path.open(newline='', encoding='utf-8') as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != columns:
+                raise UserError(f'{path} was not written by this version of the script (its columns differ); '
+                                f'move it away or give another --out')
+            rows = list(reader)
+        for row in rows:
+            if None in row or None in row.values() or row.get('format', str(FORMAT)) != str(FORMAT):
+                raise damaged
+            for column in NUMBERS & row.keys():
+                float(row[column])
+    except (ValueError, csv.Error):  # no UTF-8, no number, a NUL
+        raise damaged from None
     return rows
 
 
@@ -157,18 +165,37 @@ def _png(figure) -> bytes:
     return content.getvalue()
 
 
+def _far_below(accuracy: dict[str, float]) -> set[str]:
+    """Models more than 10 points below the median one: in the picture they would squeeze all others together."""
+    limit = np.median(list(accuracy.values())) - 10
+    return {model for model, value in accuracy.items() if value < limit}
+
+
 def plot_accuracy(rows: list[Row]) -> bytes:
     """Accuracy against parameters, a point with its standard deviation a model. A PNG."""
     models = by_model(rows)
     figure, axes = _figure(7, 4.5 + 0.1 * len(models))
-    for (model, runs), colour, marker in zip(
-            models.items(), _colours(len(models)), (_MARKERS * len(models))[:len(models)], strict=True):
-        accuracy = [float(row['accuracy']) for row in runs]
-        axes.errorbar(
-            int(runs[0]['parameters']) / 1e6, np.mean(accuracy),
-            yerr=np.std(accuracy, ddof=1) if len(accuracy) > 1 else None,
-            fmt=marker, color=colour, capsize=3, markersize=7, label=model)
+    accuracy = {model: [float(row['accuracy']) for row in runs] for model, runs in models.items()}
+    parameters = {model: int(runs[0]['parameters']) / 1e6 for model, runs in models.items()}
+    low, high = min(parameters.values()), max(parameters.values())
+    far = _far_below({model: np.mean(values) for model, values in accuracy.items()})
+    sizes = np.linspace(11, 5, len(models))  # of two models in one place both are seen
+    for model, colour, marker, size in zip(
+            models, _colours(len(models)), (_MARKERS * len(models))[:len(models)], sizes, strict=True):
+        x, values = parameters[model], accuracy[model]
+        if model in far:
+            edge, side = axes.get_xaxis_transform(), -1 if x * x > low * high else 1  # the text towards the middle
+            axes.plot(x, 0, marker, color=colour, markersize=size, label=model, transform=edge, clip_on=False)
+            axes.annotate(
+                f'far below: {mean_sd(values)}', (x, 0), xycoords=edge, xytext=(8 * side, 5),
+                textcoords='offset points', color=colour, fontsize=8, ha='left' if side > 0 else 'right')
+        else:
+            axes.errorbar(
+                x, np.mean(values), yerr=np.std(values, ddof=1) if len(values) > 1 else None,
+                fmt=marker, color=colour, capsize=3, markersize=size, label=model)
     axes.set_xscale('log')
+    margin = max(1.05, (high / low) ** 0.08)
+    axes.set_xlim(low / margin, high * margin)
     axes.xaxis.set_major_formatter(lambda value, _: f'{value:g}')
     axes.xaxis.set_minor_formatter(lambda value, _: f'{value:g}')
     axes.tick_params(axis='x', which='minor', labelsize=8)
@@ -183,20 +210,28 @@ def plot_curves(rows: list[Row]) -> bytes:
     """Test accuracy by epoch, a line (mean over seeds) a model, with a band (their range) where they are few. A PNG."""
     models = by_model(rows)
     figure, axes = _figure(7, 4.5 + 0.1 * len(models))
-    finals = []
-    for (model, epochs), colour in zip(models.items(), _colours(len(models)), strict=True):
+    last = max(int(row['epoch']) for row in rows)
+    far = _far_below({
+        model: np.mean([float(row['accuracy']) for row in epochs if int(row['epoch']) == last])
+        for model, epochs in models.items()})
+    lowest = []
+    widths = np.linspace(4.5, 1.2, len(models))  # of two curves in one place both are seen
+    for (model, epochs), colour, width in zip(models.items(), _colours(len(models)), widths, strict=True):
         curves = {}
         for row in epochs:
             curves.setdefault(int(row['epoch']), []).append(float(row['accuracy']))
         x = sorted(curves)
         means = [np.mean(curves[epoch]) for epoch in x]
-        finals += [min(curves[epoch]) for epoch in x[len(x) // 2:]]
-        axes.plot(x, means, color=colour, label=model, linewidth=1.5)
+        if model not in far:
+            lowest += [min(curves[epoch]) for epoch in x[len(x) // 2:]]
+        label = f'{model} (ends at {means[-1]:.1f})' if model in far else model
+        axes.plot(x, means, color=colour, label=label, linewidth=width)
         if len(models) <= 6:  # more bands hide each other
             axes.fill_between(
                 x, [min(curves[e]) for e in x], [max(curves[e]) for e in x], color=colour, alpha=0.12, linewidth=0)
-    low = max(0, min(finals) - 2)  # the first epochs may run out of the picture: what differs is at the end
+    low = max(0, min(lowest) - 2)  # the first epochs may run out of the picture: what differs is at the end
     axes.set_ylim(low, min(100.5, axes.get_ylim()[1]))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel('epoch')
     axes.set_ylabel('test accuracy, %')
     title = 'mean over seeds' if len(models) > 6 else 'mean and range over seeds'
