@@ -31,7 +31,7 @@ class Source:
     """The training images of a folder or tar, as timm reads them.
 
     Attributes:
-        images: For each class, the reader's index of each image by its file name.
+        images: For each class, the reader's index of each image by its file name; none where its folder is empty.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,6 +44,8 @@ class Source:
             raise UserError(f'{path} holds no images that timm reads') from None
         except (tarfile.TarError, EOFError, OSError) as e:
             raise UserError(f'{path} cannot be read: {e}') from None
+        if self.is_tar and not ends_as_a_tar(path):
+            raise UserError(f'{path} is cut short: it lacks the zeros that a tar ends with; get the file again')
 
         if self.is_tar:
             names, targets = self._reader.class_idx_to_name, self._reader.targets
@@ -59,6 +61,11 @@ class Source:
             if name in self.images[label]:
                 raise UserError(f'class {label} of {path} has two images named {name}; give one another name')
             self.images[label][name] = index
+        if not self.is_tar:
+            used = {Path(image).relative_to(path).parts[0] for image in self._paths}
+            for folder in path.iterdir():
+                if folder.is_dir() and folder.name not in used and not folder.name.startswith('.'):
+                    self.images.setdefault(folder.name, {})
 
     def put(self, index: int, target: Path) -> None:
         """Link image `index` at `target`, or write it there from a tar; leaves alone what is there already."""
@@ -73,11 +80,21 @@ class Source:
             link(Path(self._paths[index]), target)
 
 
+def ends_as_a_tar(path: Path) -> bool:
+    """Whether the file's last block is of zeros. Python's tarfile takes a tar cut inside a header for whole."""
+    with path.open('rb') as file:
+        file.seek(-min(512, path.stat().st_size), os.SEEK_END)
+        return not any(file.read())
+
+
 def write(path: Path, content: bytes) -> None:
     """Write a file at once or not at all."""
     partial = path.with_name(f'.{path.name}.partial')
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def link(source: Path, target: Path) -> None:
@@ -115,7 +132,7 @@ def claim(dst: Path, manifest: dict) -> None:
             raise UserError(f'{dst} is already another subset ({described}, or the source has changed since); '
                             'remove it or choose another DST')
         return
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+    if dst.exists() and (not dst.is_dir() or any(p.name != f'.{MANIFEST}.partial' for p in dst.iterdir())):
         raise UserError(f'{dst} exists and is not a subset made by this script; choose another DST')
     dst.mkdir(parents=True, exist_ok=True)
     write_manifest(dst, manifest, complete=False)
@@ -150,21 +167,20 @@ def main() -> None:
         source=str(train.resolve()), seed=args.seed, per_class=args.per_class, images=len(files), sha256=digest,
         short=short, classes=chosen,
     )
-    claim(args.dst, manifest)
-
     try:
+        claim(args.dst, manifest)
         for label in chosen:
             (args.dst / 'train' / label).mkdir(parents=True, exist_ok=True)
-        for label, name in tqdm(files, unit='image', desc='extracting' if source.is_tar else 'linking'):
+        for label, name in tqdm(files, 'extracting' if source.is_tar else 'linking', unit='image', disable=None):
             source.put(source.images[label][name], args.dst / 'train' / label / name)
         validation = None
         if train != args.src:
             validation = next((args.src / v for v in VALIDATION if (args.src / v).is_dir()), None)
         if validation:
             link(validation, args.dst / validation.name)
+        write_manifest(args.dst, manifest, complete=True)
     except (PermissionError, NotADirectoryError, FileExistsError) as e:
         raise UserError(f'{e.filename} cannot be written: {e.strerror}') from None
-    write_manifest(args.dst, manifest, complete=True)
 
     print(f'{args.dst}: {len(files)} images of {len(chosen)} classes, sha256 {digest}')
     if not validation:
@@ -174,6 +190,12 @@ def main() -> None:
         shown = ', '.join(f'{label} ({count})' for label, count in list(short.items())[:10])
         print(f'warning: fewer than {args.per_class} images in {len(short)} of {len(chosen)} classes: {shown}'
               + (f' and {len(short) - 10} more, see {args.dst / MANIFEST}' if len(short) > 10 else ''), file=sys.stderr)
+    tested = {folder.name for folder in validation.iterdir() if folder.is_dir()} if validation else set()
+    different = sorted(tested ^ {label for label, names in chosen.items() if names})
+    if tested and different:
+        print(f'warning: training and validation images are not of the same classes (only one has {different[0]}, '
+              f'{len(different)} in all), and timm numbers the classes of each alone: mend the source, or give '
+              "train.py's --class-map", file=sys.stderr)
 
 
 if __name__ == '__main__':

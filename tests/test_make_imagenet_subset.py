@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import io
 import json
@@ -195,6 +196,41 @@ def test_reports_classes_with_too_few_images(imagenet, tmp_path, run_main, capsy
     assert len(chosen(tmp_path / 'subset')) == 13
 
 
+def test_reports_classes_without_images_and_a_validation_set_of_others(imagenet, tmp_path, run_main, capsys):
+    for path in (imagenet / 'train' / 'n02').iterdir():
+        path.unlink()
+    run_main(imagenet, tmp_path / 'subset', '--per-class', 5)
+    err = capsys.readouterr().err
+    assert 'fewer than 5 images in 1 of 3 classes: n02 (0)' in err
+    assert 'training and validation images are not of the same classes (only one has n02, 1 in all)' in err
+    assert json.loads((tmp_path / 'subset' / 'manifest.json').read_text())['short'] == {'n02': 0}
+
+
+def test_goes_on_after_a_full_disk(imagenet, tmp_path, run_main, monkeypatch):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(script.os, 'replace', full)
+        run_main(imagenet, tmp_path / 'subset', '--per-class', 5)
+    assert not list((tmp_path / 'subset').iterdir())
+    (tmp_path / 'subset' / '.manifest.json.partial').write_text('{')  # what a kill in between leaves
+    run_main(imagenet, tmp_path / 'subset', '--per-class', 5)
+    assert chosen(tmp_path / 'subset') == by_hand(0, 5)
+
+
+def cut_tar(folder: Path) -> Path:
+    """One that ends inside the header of its second image."""
+    with tarfile.open(folder / 'cut.tar', 'w') as tar:
+        for label in ('n01', 'n02'):
+            info = tarfile.TarInfo(f'{label}/a.png')
+            info.size = len(png(0))
+            tar.addfile(info, io.BytesIO(png(0)))
+    content = (folder / 'cut.tar').read_bytes()
+    (folder / 'cut.tar').write_bytes(content[:content.index(b'n02') + 200])
+    return folder / 'cut.tar'
+
+
 def broken_tar(folder: Path) -> Path:
     (folder / 'broken.tar').write_bytes(b'no tar at all' * 100)
     return folder / 'broken.tar'
@@ -226,6 +262,7 @@ def double_name(folder: Path) -> Path:
 @pytest.mark.parametrize('source, message', [
     (lambda folder: folder / 'nowhere', 'neither a folder nor a .tar file'),
     (broken_tar, 'cannot be read'),
+    (cut_tar, 'is cut short'),
     (empty_tar, 'holds no images'),
     (empty_folder, 'holds no images'),
     (no_classes, 'is in no class'),
