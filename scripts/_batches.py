@@ -1,18 +1,19 @@
-"""Batches of images for training and testing: small sets from the device's memory, image folders by timm's loader."""
-import json
+"""Batches of images for training and testing: from the device's memory, or by timm's loader where they do not fit."""
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from _data import ArrayImages, FileImages, ImageData
 from timm.data import create_loader, create_transform, resolve_data_config
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from tqdm import tqdm
 
-MEMORY_LIMIT = 2 * 2 ** 30  # bytes of images kept on the device; above it timm's loader reads them
+MEMORY_LIMIT = 2 * 2 ** 30  # bytes of training or of test images kept on the device; above it timm's loader reads them
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Settings:
 
 
 class MemoryBatches:
-    """Batches of a set of small images that lies on the device whole: crop, flip and normalisation are one gather."""
+    """Batches of a set of images that lies on the device whole: crop, flip and normalisation are one gather."""
 
     def __init__(
             self,
@@ -91,6 +92,27 @@ class MemoryBatches:
             yield images, targets
 
 
+class SeededImages(Dataset):
+    """Images whose random transforms follow from seed and index alone, whichever worker reads them."""
+
+    def __init__(self, images: ArrayImages | FileImages) -> None:
+        self.images = images
+        self.seed = 0
+        self.transform = None  # create_loader sets one; that of `images` is used
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        generator = torch.default_generator  # what torchvision's transforms draw from
+        state = generator.get_state()
+        generator.manual_seed(int(np.random.SeedSequence([self.seed, index]).generate_state(1, np.uint64)[0]))
+        try:
+            return self.images[index]
+        finally:
+            generator.set_state(state)
+
+
 class LoaderBatches:
     """Batches from files, through timm's loader, with the same augmentation."""
 
@@ -102,13 +124,14 @@ class LoaderBatches:
             training: bool,
             workers: int,
     ) -> None:
+        self.images = SeededImages(images)
         self.loader = create_loader(
-            images,
+            self.images,
             batch_size=min(settings.batch_size, len(images)),
             is_training=training,
             no_aug=True,
             num_workers=workers,
-            persistent_workers=False,  # they would keep their random state, which a resumed run could not restore
+            persistent_workers=False,  # they would keep the seed of their first epoch
             pin_memory=settings.device == 'cuda',
             device=torch.device(settings.device),
             **{k: data_config[k] for k in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct')},
@@ -127,7 +150,8 @@ class LoaderBatches:
         return len(self.loader)
 
     def batches(self, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        torch.manual_seed(seed)  # of the order, and of the workers' own seeds
+        torch.manual_seed(seed)  # of the order
+        self.images.seed = seed
         self.waited.reset()
         with self.waited:
             iterator = iter(self.loader)
@@ -183,37 +207,46 @@ class Batches:
     data: ImageData
     settings: Settings
     workers: int
-    made: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    made: dict[tuple[int, ...], tuple[Any, Any]] = field(default_factory=dict)
 
     def data_config(self, model: torch.nn.Module) -> dict[str, Any]:
-        """timm's: the model's own interpolation and crop, the data set's mean and standard deviation."""
+        """timm's, with the model's input size unless another is asked for; the rest is the data set's, lest the models
+        of one grid see different pixels: images of one size as they are, others as timm evaluates ResNets."""
         size = self.settings.image_size
-        args = {'mean': self.data.mean, 'std': self.data.std}
+        args = dict(
+            interpolation='bilinear' if self.data.size else 'bicubic',
+            crop_pct=1.0 if self.data.size else 0.875,
+            mean=self.data.mean,
+            std=self.data.std,
+        )
         return resolve_data_config({**args, 'input_size': (3, size, size)} if size else args, model=model)
 
     def of(self, model: torch.nn.Module) -> tuple[Any, Any]:
         """Training and test batches for the model."""
         config = self.data_config(model)
-        key = json.dumps([config[k] for k in ('input_size', 'interpolation', 'crop_pct')])
-        if key not in self.made:
-            height, width = config['input_size'][1:]
+        size = config['input_size']
+        if size not in self.made:
+            height, width = size[1:]
             pad = 2 * self.settings.crop_padding
-            fits = 3 * (height + pad) * (width + pad) * len(self.data.train) <= MEMORY_LIMIT
+            most = max(len(self.data.train), len(self.data.test))
+            fits = 3 * (height + pad) * (width + pad) * most <= MEMORY_LIMIT
             self.made.clear()  # a set in memory is large
-            self.made[key] = tuple(
-                self._in_memory(images, config, training) if self.data.in_memory and fits
+            self.made[size] = tuple(
+                self._in_memory(images, config, training) if fits
                 else LoaderBatches(images, self.settings, config, training, self.workers)
                 for images, training in ((self.data.train, True), (self.data.test, False))
             )
-        return self.made[key]
+        return self.made[size]
 
     def _in_memory(self, images: ArrayImages, config: dict[str, Any], training: bool) -> MemoryBatches:
         images.transform = eval_transform(config)
         height, width = config['input_size'][1:]
         pixels = torch.empty(len(images), height, width, 3, dtype=torch.uint8)
         name = 'training' if training else 'test'
-        for i in tqdm(range(len(images)), desc=f'{name} images', leave=False, disable=None):
-            pixels[i] = images[i][0].permute(1, 2, 0)
+        with tqdm(total=len(images), desc=f'{name} images', leave=False, disable=None) as bar:
+            for batch, _ in DataLoader(images, 256, num_workers=0 if self.data.in_memory else self.workers):
+                pixels[bar.n:bar.n + len(batch)] = batch.permute(0, 2, 3, 1)
+                bar.update(len(batch))
         return MemoryBatches(
             pixels.to(self.settings.device),
             torch.tensor(images.targets).to(self.settings.device),

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torchvision
-from _cli import UserError
+from _cli import UserError, one_line
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import Dataset
@@ -192,15 +192,11 @@ def _torchvision(cls: type, title: str, root: Path, download: bool) -> list[Any]
         return build(True)
     except (RuntimeError, OSError, EOFError, ValueError) as e:
         if isinstance(e, OSError) and e.errno is not None and not hasattr(e, 'reason'):
-            raise  # a full disk, no permission: about the machine, not about the download
+            raise  # a full disk, no permission: about the machine, not about the download; _cli.run has a line for it
         raise UserError(
-            f'{title} is not in {root}, or its files are damaged, and downloading it failed ({_one_line(e)}); '
+            f'{title} is not in {root}, or its files are damaged, and downloading it failed ({one_line(e)}); '
             f'connect to the network or give the folder of a copy as --data-dir'
         ) from None
-
-
-def _one_line(error: Exception) -> str:
-    return ' '.join(str(error).split()) or type(error).__name__
 
 
 def _cifar(name: str, data_dir: str | os.PathLike | None, download: bool) -> ImageData:
@@ -269,7 +265,7 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == '.gz' else path.read_bytes()
     except (EOFError, OSError, zlib.error) as e:
-        raise UserError(f'{path} is damaged or truncated ({_one_line(e)}); get the file again') from None
+        raise UserError(f'{path} is damaged or truncated ({one_line(e)}); get the file again') from None
     header = 4 + 4 * dimensions
     if len(content) < header or content[:4] != bytes((0, 0, 8, dimensions)):
         raise UserError(f'{path} is not an idx file of unsigned bytes with {dimensions} dimension(s)')
@@ -313,5 +309,5 @@ def _scan(folder: Path) -> tuple[list[tuple[str, int]], list[str]]:
         found = torchvision.datasets.ImageFolder(folder)
     except FileNotFoundError as e:
         raise UserError(f'{folder} is not an image folder: it needs a folder of images for each class '
-                        f'({_one_line(e)})') from None
+                        f'({one_line(e)})') from None
     return found.samples, found.classes

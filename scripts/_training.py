@@ -3,6 +3,7 @@ import argparse
 import ast
 import difflib
 import itertools
+import pickle
 import re
 import sys
 import time
@@ -17,7 +18,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from _batches import Batches, Settings
-from _cli import UserError
+from _cli import UserError, one_line
 from _profile import Profile, count
 from _report import read_csv, write_csv
 from timm.optim import create_optimizer_v2
@@ -50,8 +51,8 @@ class ModelSpec:
     def create(self, num_classes: int) -> torch.nn.Module:
         try:
             return timm.create_model(self.name, pretrained=False, num_classes=num_classes, **dict(self.options))
-        except (TypeError, ValueError, AssertionError) as e:
-            raise UserError(f'{self} cannot be built: {" ".join(str(e).split())}') from None
+        except Exception as e:  # a wrong option shows as anything
+            raise UserError(f'{self} cannot be built: {one_line(e)}') from None
 
 
 def parse_specs(word: str) -> list[ModelSpec]:
@@ -82,10 +83,14 @@ def profile(spec: ModelSpec, num_classes: int, batches: Batches) -> Profile:
         model = spec.create(num_classes)
     size = batches.data_config(model)['input_size']
     try:
-        return count(model, size)
-    except (RuntimeError, ValueError, AssertionError) as e:
-        raise UserError(f'{spec} cannot take images of {size[1]} x {size[2]} pixels '
-                        f'({" ".join(str(e).split())}); give another --image-size') from None
+        costs = count(model, size)
+        logits = model.eval()(torch.empty(1, *size, device='meta'))
+    except Exception as e:  # a wrong option shows as anything
+        raise UserError(f'{spec} cannot take images of {" x ".join(map(str, size))} (channels, height, width): '
+                        f'{one_line(e)}; give another --image-size or other options') from None
+    if not isinstance(logits, torch.Tensor) or logits.shape != (1, num_classes):
+        raise UserError(f'{spec} is no classifier: it does not put out {num_classes} logits an image')
+    return costs
 
 
 HISTORY = ('epoch', 'lr', 'train_loss', 'test_loss', 'accuracy', 'seconds', 'train_seconds', 'train_images',
@@ -118,6 +123,17 @@ def make_optimizer(
         updates_per_epoch=updates,
     )
     return optimizer, scheduler
+
+
+def check_optimizer(settings: Settings) -> None:
+    """Raise a UserError if the optimizer cannot be used as `train` uses it."""
+    layer = torch.nn.Linear(4, 4).to(settings.device)
+    try:
+        optimizer, _ = make_optimizer(layer, settings, updates=1)
+        layer(torch.ones(2, 4, device=settings.device)).sum().backward()
+        optimizer.step()
+    except Exception as e:  # a missing package, an unfit device, a closure: each has its own
+        raise UserError(f'--opt {settings.opt} cannot be used here: {one_line(e)}') from None
 
 
 def train(
@@ -238,7 +254,7 @@ def resume(
             with torch.serialization.safe_globals([argparse.Namespace]):
                 checkpoint = torch.load(path, map_location=device, weights_only=True)
             history = [{k: float(v) for k, v in row.items()} for row in read_csv(run_dir / 'history.csv', HISTORY)]
-        except (OSError, RuntimeError, EOFError, UserError):
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, UserError):
             continue
         epoch = checkpoint['epoch']
         if len(history) <= epoch:

@@ -6,15 +6,16 @@
 A model is a timm name, with options after a colon: senetv2_resnet20:sae_cardinality=2,sae_reduction=8. Values are
 Python literals; values parted by | make a grid: 'senetv2_resnet20:sae_cardinality=1|2|4|8,sae_reduction=8|16|32'.
 
-Protocols (every number can be overridden by its option):
+Protocols (a number that has an option below can be overridden by it):
   seanet    the SEANet authors': SGD, momentum 0.9, lr 0.1, weight decay 1e-4 on all parameters, batch 64, 200 epochs,
             lr x 0.1 every 80 epochs
   senetv2   SENetV2's: Adam and cross-entropy; the paper leaves the rest unstated, here Keras' lr of 0.001, batch 64,
             100 epochs
   modern    for few epochs: SGD with Nesterov momentum 0.9, lr 0.1 risen to over a fifth of the epochs, then cosine,
             weight decay 5e-4 (norms and biases exempt), label smoothing 0.1, batch 128, 10 epochs
-Each augments by random crop (padding 4) and horizontal flip (not for digits). Images that do not fill the last batch
-of an epoch wait for another epoch.
+Each augments by random crop (padding 4) and horizontal flip (not for digits). Before that the images of a folder are
+resized and cropped to the input's size as timm evaluates ResNets (bicubic, 0.875), whatever the model. Images that do
+not fill the last batch of an epoch wait for another epoch.
 
 In --out: results.csv (a row a run), curves.csv (a row an epoch), table.md, accuracy_vs_parameters.png, curves.png.
 Accuracies are in percent of the test images: `accuracy` after the last epoch, `best_accuracy` that of the best epoch
@@ -25,6 +26,7 @@ once a GPU under CUDA_VISIBLE_DEVICES, the processes share out the runs and writ
 import argparse
 import hashlib
 import json
+import math
 import platform
 import re
 import shlex
@@ -33,6 +35,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 import timm
@@ -43,6 +46,7 @@ from _data import load_dataset
 from _profile import Profile
 from _report import (
     FORMAT,
+    Row,
     caption,
     plot_accuracy,
     plot_curves,
@@ -51,7 +55,7 @@ from _report import (
     write_atomically,
     write_csv,
 )
-from _training import ModelSpec, did_you_mean, parse_specs, profile, train
+from _training import ModelSpec, check_optimizer, did_you_mean, parse_specs, profile, train
 from filelock import FileLock, Timeout
 from safetensors.torch import save
 from timm.optim import list_optimizers
@@ -141,14 +145,21 @@ def settings_of(args: argparse.Namespace) -> Settings:
     }
     for name, value, least in (
             ('--epochs', protocol['epochs'], 1), ('--batch-size', protocol['batch_size'], 2),
-            ('--image-size', args.image_size or 1, 1), ('--crop-padding', args.crop_padding, 0),
-            ('--workers', args.workers, 0)):
-        if value < least:
+            ('--image-size', args.image_size, 1), ('--crop-padding', args.crop_padding, 0),
+            ('--workers', args.workers, 0), ('--weight-decay', protocol['weight_decay'], 0),
+            ('--seeds', min(args.seeds), 0)):
+        if value is not None and not value >= least:
             raise UserError(f'{name} must be at least {least}, got {value}')
+    if max(args.seeds) >= 2 ** 63:
+        raise UserError(f'--seeds must be below 2**63, got {max(args.seeds)}')
     if protocol['opt'] not in list_optimizers():
         raise UserError(f'unknown optimizer {protocol["opt"]!r}{did_you_mean(protocol["opt"], list_optimizers())}')
-    if not protocol['lr'] > 0:
-        raise UserError(f'--lr must be above 0, got {protocol["lr"]}')
+    if not 0 < protocol['lr'] < math.inf:
+        raise UserError(f'--lr must be above 0 and finite, got {protocol["lr"]}')
+    if math.isinf(protocol['weight_decay']):
+        raise UserError('--weight-decay must be finite')
+    if not args.out:
+        raise UserError('--out needs the name of a folder')
     for name, value in (('--label-smoothing', protocol['label_smoothing']), ('--ema-decay', args.ema_decay or 0.)):
         if not 0 <= value < 1:
             raise UserError(f'{name} must be in 0 to 1, below 1, got {value}')
@@ -172,11 +183,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     settings = settings_of(args)
     specs = list(dict.fromkeys(spec for word in args.models for spec in parse_specs(word)))
-    baseline = str(parse_specs(args.baseline)[0] if args.baseline else specs[0])
     seeds = list(dict.fromkeys(args.seeds))
     out = Path(args.out)
-    read_csv(out / 'results.csv', RESULTS)
-    read_csv(out / 'curves.csv', CURVES)
+    rows = rows_of(out, settings)
+    if {row['run'] for row in rows} - {row['run'] for row in read_csv(out / 'curves.csv', CURVES)}:
+        raise UserError(f'{out / "curves.csv"} lacks runs that results.csv has; put it back, or move both away')
+    baseline = baseline_of(args.baseline, specs, rows)
+    check_optimizer(settings)
     data = load_dataset(args.dataset, args.data_dir, not args.no_download, args.limit)
     batches = Batches(data, settings, args.workers)
     profiles = {spec: profile(spec, len(data.classes), batches) for spec in specs}
@@ -188,13 +201,16 @@ def main(argv: list[str] | None = None) -> None:
     torch.backends.cudnn.deterministic = True
     grid = [(spec, seed, run_id(spec, seed, settings)) for seed in seeds for spec in specs]
     command = shlex.join(['python', 'scripts/reproduce.py', *(sys.argv[1:] if argv is None else argv)])
+    left = []  # to other processes; waited for at the end, and made if one of those was stopped
     with tqdm(total=len(grid) * settings.epochs, unit='epoch', disable=None, mininterval=1) as bar:
-        for spec, seed, name in grid:
+        for spec, seed, name in chain(grid, left):
             run_dir = out / 'runs' / name
-            with claimed(run_dir) as ours:
+            with claimed(run_dir, wait=(spec, seed, name) in left) as ours:
                 if not ours:
                     tqdm.write(f'{spec} seed {seed}: left to another process, which is at it')
-                if not ours or name in {row['run'] for row in read_csv(out / 'results.csv', RESULTS)}:
+                    left.append((spec, seed, name))
+                    continue
+                if name in {row['run'] for row in read_csv(out / 'results.csv', RESULTS)}:
                     bar.update(settings.epochs)
                     continue
                 bar.set_description(f'{spec} seed {seed}')
@@ -210,11 +226,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 @contextmanager
-def claimed(run_dir: Path) -> Iterator[bool]:
-    """Whether this process may make a run: while it is inside, no other may."""
+def claimed(run_dir: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether this process may make a run: while it is inside, no other may. With `wait` it may, sooner or later."""
     lock = FileLock(run_dir.with_name(f'{run_dir.name}.lock'))
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(blocking=wait, poll_interval=0.5)
     except Timeout:
         yield False
         return
@@ -222,6 +238,16 @@ def claimed(run_dir: Path) -> Iterator[bool]:
         yield True
     finally:
         lock.release()
+
+
+def baseline_of(word: str | None, specs: list[ModelSpec], rows: list[Row]) -> str:
+    """The model that the others are compared with: the one asked for, if it is of this grid or of finished runs."""
+    if word is None:
+        return str(specs[0])
+    chosen = parse_specs(word)
+    if len(chosen) > 1 or str(chosen[0]) not in {*map(str, specs), *(row['model'] for row in rows)}:
+        raise UserError(f'--baseline {word} must be one of the models: {", ".join(map(str, specs))}')
+    return str(chosen[0])
 
 
 def files_of(out: Path) -> FileLock:
@@ -280,10 +306,15 @@ def finish(
     write_csv(out / 'results.csv', RESULTS, [*read_csv(out / 'results.csv', RESULTS), row])
 
 
+def rows_of(out: Path, settings: Settings) -> list[Row]:
+    """The finished runs in `out` under these settings."""
+    ours = {key: '' if value is None else str(value) for key, value in asdict(settings).items()}
+    return [row for row in read_csv(out / 'results.csv', RESULTS) if all(row[k] == v for k, v in ours.items())]
+
+
 def report(out: Path, settings: Settings, baseline: str) -> str:
     """Write table and plots of all runs in `out` under these settings, and return the table."""
-    ours = {key: '' if value is None else str(value) for key, value in asdict(settings).items()}
-    rows = [row for row in read_csv(out / 'results.csv', RESULTS) if all(row[k] == v for k, v in ours.items())]
+    rows = rows_of(out, settings)
     runs = {row['run'] for row in rows}
     curves = [row for row in read_csv(out / 'curves.csv', CURVES) if row['run'] in runs]
     commands = ''.join(f'{command}\n' for command in dict.fromkeys(row['command'] for row in rows))

@@ -52,7 +52,7 @@ def fetch() -> None:
     checkout = cached_checkout()
     try:
         checkout.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(checkout.with_suffix('.lock')):
+        with FileLock(checkout.with_name(f'{checkout.name}.lock')):
             if checkout.is_dir():
                 return
             # Skipped is the check, by GitHub's rate-limited API, that a commit is not of a fork: a release tag is not.

@@ -11,6 +11,8 @@ import time
 from operator import itemgetter
 from pathlib import Path
 
+import _batches
+import _cli
 import numpy as np
 import pytest
 import reproduce
@@ -148,16 +150,21 @@ def test_processes_at_once_share_out_the_runs_and_lose_none(finished, tmp_path):
     assert lines in (tmp_path / 'table.md').read_text()
 
 
-def test_a_run_of_another_process_is_left_to_it(finished, tmp_path, capsys):
+def test_a_run_of_another_process_is_left_to_it_and_made_if_that_one_stops(finished, tmp_path):
     arguments = [*SMALL, '--seeds', '0', '--epochs', '3', '--out', str(tmp_path)]
     first, second = rows(finished)[:2]
+    (tmp_path / 'runs').mkdir()
     with reproduce.claimed(tmp_path / 'runs' / first['run']) as ours:
         assert ours
-        reproduce.main(arguments)
-    assert 'small_cnn seed 0: left to another process' in capsys.readouterr().out
-    assert rows(tmp_path) == [second]
-    reproduce.main(arguments)
+        process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert process.stdout.readline().startswith('small_cnn seed 0: left to another process')
+        assert process.stdout.readline().startswith('small_saecnn:sae_reduction=8 seed 0: accuracy')
+        assert process.poll() is None
+    text, _ = process.communicate(timeout=200)
+    assert process.returncode == 0
     assert rows(tmp_path) == [second, first]
+    assert table(read_csv(tmp_path / 'results.csv', reproduce.RESULTS), 'small_cnn') in text
 
 
 def settings(**changes) -> Settings:
@@ -216,14 +223,19 @@ def folder(tmp_path) -> Path:
     return tmp_path / 'images'
 
 
-def test_an_image_folder_trains_through_timms_loader_and_resumes(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize('fits', [True, False], ids=['in memory', 'by the loader'])
+def test_an_image_folder_trains_the_same_with_any_workers_and_resumes(folder, tmp_path, monkeypatch, fits):
+    if not fits:
+        monkeypatch.setattr(_batches, 'MEMORY_LIMIT', 0)
     arguments = ['--dataset', str(folder), '--image-size', '8', '--models', 'small_cnn', '--epochs', '2',
-                 '--workers', '0', '--device', 'cpu', '--out']
+                 '--batch-size', '4', '--device', 'cpu', '--workers', '0', '--out']
     used = []
     init = LoaderBatches.__init__
     monkeypatch.setattr(LoaderBatches, '__init__', lambda self, *args: (used.append(self), init(self, *args))[1])
     reproduce.main([*arguments, str(tmp_path / 'whole')])
-    assert len(used) == 2
+    assert len(used) == (0 if fits else 2)
+    reproduce.main([*arguments, str(tmp_path / 'workers'), '--workers', '2'])
+    assert rows(tmp_path / 'workers', 'curves.csv') == rows(tmp_path / 'whole', 'curves.csv')
     save = CheckpointSaver.save_checkpoint
 
     def interrupted(saver, epoch, metric):
@@ -236,6 +248,35 @@ def test_an_image_folder_trains_through_timms_loader_and_resumes(folder, tmp_pat
             reproduce.main([*arguments, str(tmp_path / 'parts')])
     reproduce.main([*arguments, str(tmp_path / 'parts')])
     assert rows(tmp_path / 'parts', 'curves.csv') == rows(tmp_path / 'whole', 'curves.csv')
+
+
+@pytest.mark.parametrize('dataset', ['digits', 'folder'])
+def test_all_models_of_a_grid_get_the_same_pixels(folder, monkeypatch, dataset):
+    """timm's configs of these two want other interpolations and crops of the same image."""
+    monkeypatch.setattr(_batches, 'MEMORY_LIMIT', 0 if dataset == 'folder' else 2 ** 30)
+    data = load_dataset('digits', limit=20) if dataset == 'digits' else load_dataset(str(folder))
+    seen = []
+    for name in ('resnet50', 'senetv2_resnet50', 'cifar_resnet20'):
+        batches = Batches(data, settings(image_size=12, batch_size=4), workers=0)
+        for part in batches.of(timm.create_model(name)):
+            seen.append(torch.cat([images for images, _ in part.batches(3)]))
+    for training, test in zip(seen[2::2], seen[3::2], strict=True):
+        assert torch.equal(training, seen[0]) and torch.equal(test, seen[1])
+
+
+def test_the_loaders_augmentation_is_of_epoch_and_image(folder, monkeypatch):
+    monkeypatch.setattr(_batches, 'MEMORY_LIMIT', 0)
+    data = load_dataset(str(folder))
+    training, _ = Batches(data, settings(image_size=8, batch_size=12, crop_padding=4), 0).of(
+        timm.create_model('small_cnn'))
+    (one, _), = training.batches(0)
+    (again, _), = training.batches(0)
+    (other, _), = training.batches(1)
+    assert torch.equal(one, again)
+    assert not torch.equal(one.sum((1, 2, 3)).sort().values, other.sum((1, 2, 3)).sort().values)
+    before = torch.get_rng_state()
+    training.images[0]
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_protocols_are_the_papers():
@@ -334,12 +375,28 @@ def test_table_and_plots_are_made_from_the_rows(finished):
     (['--models', 'small_cnn:sae_cardinality'], 'expected key=value'),
     (['--models', 'small_cnn:sae_cardinality=-1'], 'sae_cardinality must be a whole number'),
     (['--models', 'small_cnn:colour=1'], "unexpected keyword argument 'colour'"),
-    (['--models', 'vit_tiny_patch16_224'], 'cannot take images of 8 x 8'),
+    (['--models', 'cifar_resnet20:widths=[-1,2,3]'], 'cannot be built'),
+    (['--models', 'small_cnn:checkpoint_path=nowhere'], 'cannot be built'),
+    (['--models', 'vit_tiny_patch16_224'], 'cannot take images of 3 x 8 x 8'),
+    (['--models', 'small_cnn:in_chans=1'], 'or other options'),
+    (['--models', 'resnet18:features_only=True'], 'is no classifier'),
+    (['--models', 'small_cnn:num_classes=3'], 'cannot be built'),
+    (['--baseline', 'seanet20'], '--baseline seanet20 must be one of the models: small_cnn, small_saecnn'),
+    (['--baseline', 'small_saecnn:sae_reduction=8|16'], 'must be one of the models'),
     (['--baseline', 'nothing'], "unknown model 'nothing'"),
     (['--dataset', 'imagenet'], "unknown dataset 'imagenet'"),
     (['--opt', 'sgdx'], "unknown optimizer 'sgdx'"),
     (['--epochs', '0'], '--epochs must be at least 1'),
+    (['--opt', 'adahessian'], '--opt adahessian cannot be used here'),
     (['--lr', 'nan'], '--lr must be above 0'),
+    (['--lr', 'inf'], '--lr must be above 0 and finite'),
+    (['--weight-decay', '-1'], '--weight-decay must be at least 0'),
+    (['--weight-decay', 'nan'], '--weight-decay must be at least 0'),
+    (['--weight-decay', 'inf'], '--weight-decay must be finite'),
+    (['--image-size', '0'], '--image-size must be at least 1'),
+    (['--seeds', '0', '-1'], '--seeds must be at least 0'),
+    (['--seeds', str(2 ** 63)], '--seeds must be below'),
+    (['--out', ''], '--out needs'),
     (['--ema-decay', '1'], '--ema-decay must be'),
     (['--limit', '0'], 'limit of images'),
     (['--dataset', 'fashion-mnist', '--data-dir', 'nowhere', '--no-download'], 'Fashion-MNIST is not in nowhere'),
@@ -357,15 +414,56 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(tmp_path, monkeypatch, 
     lambda text: text.replace('format,', 'version,', 1),
     lambda text: re.sub(r'^1,', '0,', text, flags=re.MULTILINE),
     lambda text: text[:-len(text.splitlines()[-1]) // 2],
+    lambda text: re.sub(r',small_cnn,0,', ',small_cnn,zero,', text),
+    lambda text: text.replace('small', '\udcff'),
 ])
 def test_results_of_another_version_are_refused_and_kept(finished, tmp_path, name, damage):
     for file in ('results.csv', 'curves.csv'):
         (tmp_path / file).write_bytes((finished / file).read_bytes())
-    (tmp_path / name).write_text(damage((finished / name).read_text()))
+    (tmp_path / name).write_text(damage((finished / name).read_text()), errors='surrogateescape')
     before = (tmp_path / name).read_bytes()
     with pytest.raises(UserError, match=f'{name} was .*version.*another --out'):
         reproduce.main([*SMALL, '--seeds', '0', '1', '--epochs', '3', '--out', str(tmp_path)])
     assert (tmp_path / name).read_bytes() == before
+
+
+def test_results_without_their_curves_are_refused(finished, tmp_path):
+    (tmp_path / 'results.csv').write_bytes((finished / 'results.csv').read_bytes())
+    with pytest.raises(UserError, match='curves.csv lacks runs that results.csv has'):
+        reproduce.main([*SMALL, '--seeds', '0', '1', '--epochs', '3', '--out', str(tmp_path)])
+
+
+@pytest.mark.parametrize('damage', [b'garbage', b''])
+def test_a_damaged_checkpoint_costs_its_epochs_and_no_more(finished, tmp_path, monkeypatch, damage):
+    def interrupted(saver, epoch, metric):
+        save(saver, epoch, metric)
+        raise KeyboardInterrupt
+
+    arguments = [*SMALL, '--seeds', '0', '1', '--epochs', '3', '--out', str(tmp_path)]
+    save = CheckpointSaver.save_checkpoint
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CheckpointSaver, 'save_checkpoint', interrupted)
+        reproduce.main(arguments)
+    checkpoints = list(tmp_path.glob('runs/*/*.pth.tar'))
+    assert checkpoints
+    for path in checkpoints:
+        path.write_bytes(damage)
+    reproduce.main(arguments)
+    assert rows(tmp_path) == rows(finished)
+
+
+@pytest.mark.parametrize('arguments', [
+    ['--out', '/proc/out'], ['--out', 'x' * 300], ['--out', 'out', '--dataset', 'fashion-mnist', '--data-dir', 'file'],
+    ['--out', 'out', '--dataset', 'cifar10', '--data-dir', 'file'],
+])
+def test_a_path_that_the_system_refuses_is_one_line(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'file').write_text('x')
+    with pytest.raises(SystemExit) as stopped:
+        _cli.run(lambda: reproduce.main([*SMALL, *arguments]))
+    assert stopped.value.code == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith('error: ')
 
 
 def test_a_file_in_place_of_the_folder_is_one_line(tmp_path):
