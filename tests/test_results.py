@@ -42,8 +42,9 @@ def test_shipped_weights_are_those_of_the_recorded_run(name):
         facts, = (row for row in csv.DictReader(file) if row['tag'] == f'{name}.fmnist')
     path = Path(timm_senetv2.__file__).parent / 'weights' / f'{name}.fmnist.safetensors'
     assert hashlib.sha256(path.read_bytes()).hexdigest() == facts['sha256']
-    run, = (row for row in read_csv(RESULTS_DIR / 'fmnist' / 'results.csv', RESULTS) if row['model'] == name)
-    assert facts['run'] == run['run']
+    runs = read_csv(RESULTS_DIR / 'fmnist' / 'results.csv', RESULTS)
+    run, = (row for row in runs if row['run'] == facts['run'])
+    assert run['model'] == name and '--save-weights' in run['command']
     assert float(run['accuracy']) >= 92
     with safe_open(path, 'pt') as file:
         shapes = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}
