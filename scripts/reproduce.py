@@ -21,7 +21,8 @@ In --out: results.csv (a row a run), curves.csv (a row an epoch), table.md, accu
 Accuracies are in percent of the test images: `accuracy` after the last epoch, `best_accuracy` that of the best epoch
 on the test images, which is what the papers report and is optimistic. Killed at any moment and started again with the
 same arguments, it goes on at the last finished epoch and repeats no finished run. Started several times at once, say
-once a GPU under CUDA_VISIBLE_DEVICES, the processes share out the runs and write to the same files.
+once a GPU under CUDA_VISIBLE_DEVICES, the processes share out the runs, write to the same files, and end when all runs
+are done; those of a process that was stopped are made by the others.
 """
 import argparse
 import hashlib
