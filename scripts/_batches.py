@@ -14,6 +14,7 @@ from torchvision import transforms
 from tqdm import tqdm
 
 MEMORY_LIMIT = 2 * 2 ** 30  # bytes of training or of test images kept on the device; above it timm's loader reads them
+READ_AT_ONCE = 256  # images
 
 
 @dataclass(frozen=True)
@@ -243,10 +244,10 @@ class Batches:
         height, width = config['input_size'][1:]
         pixels = torch.empty(len(images), height, width, 3, dtype=torch.uint8)
         name = 'training' if training else 'test'
-        with tqdm(total=len(images), desc=f'{name} images', leave=False, disable=None) as bar:
-            for batch, _ in DataLoader(images, 256, num_workers=0 if self.data.in_memory else self.workers):
-                pixels[bar.n:bar.n + len(batch)] = batch.permute(0, 2, 3, 1)
-                bar.update(len(batch))
+        read = DataLoader(images, READ_AT_ONCE, num_workers=0 if self.data.in_memory else self.workers)
+        parts = pixels.split(READ_AT_ONCE)
+        for part, (batch, _) in zip(parts, tqdm(read, f'{name} images', leave=False, disable=None), strict=True):
+            part.copy_(batch.permute(0, 2, 3, 1))
         return MemoryBatches(
             pixels.to(self.settings.device),
             torch.tensor(images.targets).to(self.settings.device),

@@ -202,7 +202,9 @@ def test_batches_from_memory_are_crops_and_flips_of_every_image_once():
     assert seen[:10] != seen[10:20]
 
 
-def test_test_batches_are_what_timms_transform_gives():
+@pytest.mark.parametrize('read_at_once', [256, 6])
+def test_test_batches_are_what_timms_transform_gives(monkeypatch, read_at_once):
+    monkeypatch.setattr(_batches, 'READ_AT_ONCE', read_at_once)
     data = load_dataset('digits', limit=20)
     batches = Batches(data, settings(image_size=20, batch_size=8), workers=0)
     _, test = batches.of(timm.create_model('small_cnn'))
