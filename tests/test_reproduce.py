@@ -63,6 +63,13 @@ def test_one_row_a_run_with_final_and_best_accuracy(finished):
     assert results[0]['torch'] == torch.__version__
 
 
+def test_a_model_learns_a_whole_set(tmp_path):
+    arguments = [*DIGITS, '--batch-size', '64', '--device', 'cpu']
+    reproduce.main([*arguments, '--models', 'small_saecnn', '--epochs', '4', '--out', str(tmp_path)])
+    row, = rows(tmp_path)
+    assert float(row['accuracy']) > 90
+
+
 def test_saved_weights_have_the_accuracy_that_was_written_down(finished):
     data = load_dataset('digits', limit=48)
     transform = create_transform((3, 8, 8), mean=data.mean, std=data.std, interpolation='bilinear', crop_pct=1.)
