@@ -3,6 +3,7 @@
 A module of its own, outside the package, because the package registers its models when it is imported: torch has to
 import whatever holds the entry point, and with `TIMM_SENETV2_AUTOLOAD=0` that must not import the package.
 """
+
 import os
 import sys
 import warnings

@@ -1,4 +1,5 @@
 """Batches of images for training and testing: from the device's memory, or by timm's loader where they do not fit."""
+
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,13 +14,14 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from tqdm import tqdm
 
-MEMORY_LIMIT = 2 * 2 ** 30  # bytes of training or of test images kept on the device; above it timm's loader reads them
+MEMORY_LIMIT = 2 * 2**30  # bytes of training or of test images kept on the device; above it timm's loader reads them
 READ_AT_ONCE = 256  # images
 
 
 @dataclass(frozen=True)
 class Settings:
     """What, besides model and seed, determines a run's numbers."""
+
     dataset: str
     limit: int | None
     image_size: int | None
@@ -45,13 +47,13 @@ class MemoryBatches:
     """Batches of a set of images that lies on the device whole: crop, flip and normalisation are one gather."""
 
     def __init__(
-            self,
-            images: torch.Tensor,
-            targets: torch.Tensor,
-            settings: Settings,
-            mean: tuple[float, ...],
-            std: tuple[float, ...],
-            training: bool,
+        self,
+        images: torch.Tensor,
+        targets: torch.Tensor,
+        settings: Settings,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        training: bool,
     ) -> None:
         """Takes (N, H, W, 3) uint8 images and their (N,) class indices, on the device."""
         self.size = images.shape[1:3]
@@ -78,7 +80,7 @@ class MemoryBatches:
         with self.waited:
             order = torch.randperm(count, generator=generator) if self.training else torch.arange(count)
             top, left = torch.randint(2 * self.padding + 1, (2, count), generator=generator)
-            flip = torch.rand(count, generator=generator) < (0.5 if self.hflip else 0.)
+            flip = torch.rand(count, generator=generator) < (0.5 if self.hflip else 0.0)
             order, top, left, flip = (t.to(device) for t in (order, top, left, flip))
             rows, columns = (torch.arange(side, device=device) for side in self.size)
         for start in range(0, len(self) * self.batch_size, self.batch_size):
@@ -118,12 +120,12 @@ class LoaderBatches:
     """Batches from files, through timm's loader, with the same augmentation."""
 
     def __init__(
-            self,
-            images: ArrayImages | FileImages,
-            settings: Settings,
-            data_config: dict[str, Any],
-            training: bool,
-            workers: int,
+        self,
+        images: ArrayImages | FileImages,
+        settings: Settings,
+        data_config: dict[str, Any],
+        training: bool,
+        workers: int,
     ) -> None:
         self.images = SeededImages(images)
         self.loader = create_loader(
@@ -172,7 +174,7 @@ class StopWatch:
         self.reset()
 
     def reset(self) -> None:
-        self.total = 0.
+        self.total = 0.0
         self.events = []
 
     def __enter__(self) -> None:
@@ -205,6 +207,7 @@ def eval_transform(data_config: dict[str, Any]) -> transforms.Compose:
 @dataclass
 class Batches:
     """Training and test batches of one data set; those of models with the same input are made once."""
+
     data: ImageData
     settings: Settings
     workers: int
@@ -233,7 +236,8 @@ class Batches:
             fits = 3 * (height + pad) * (width + pad) * most <= MEMORY_LIMIT
             self.made.clear()  # a set in memory is large
             self.made[size] = tuple(
-                self._in_memory(images, config, training) if fits
+                self._in_memory(images, config, training)
+                if fits
                 else LoaderBatches(images, self.settings, config, training, self.workers)
                 for images, training in ((self.data.train, True), (self.data.test, False))
             )
@@ -251,4 +255,8 @@ class Batches:
         return MemoryBatches(
             pixels.to(self.settings.device),
             torch.tensor(images.targets).to(self.settings.device),
-            self.settings, self.data.mean, self.data.std, training)
+            self.settings,
+            self.data.mean,
+            self.data.std,
+            training,
+        )

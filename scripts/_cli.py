@@ -1,4 +1,5 @@
 """What the scripts share towards the person who runs them."""
+
 import errno
 import sys
 from collections.abc import Callable

@@ -1,4 +1,5 @@
 """The data sets of the scripts, as PIL images that any of timm's transforms and loaders can take."""
+
 import gzip
 import os
 import warnings
@@ -19,7 +20,17 @@ DATASETS = ('digits', 'fashion-mnist', 'cifar10', 'cifar100')
 SYSTEM_FASHION_MNIST = Path('/usr/share/datasets/fashion-mnist')  # Debian's package dataset-fashion-mnist
 
 FASHION_MNIST_CLASSES = (
-    'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot')
+    'T-shirt/top',
+    'Trouser',
+    'Pullover',
+    'Dress',
+    'Coat',
+    'Sandal',
+    'Shirt',
+    'Sneaker',
+    'Bag',
+    'Ankle boot',
+)
 # of the SEANet authors, who use those of CIFAR-10 for CIFAR-100 too
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 FASHION_MNIST_MEAN, FASHION_MNIST_STD = (0.2860,) * 3, (0.3530,) * 3
@@ -85,6 +96,7 @@ class ImageData:
         std: Of the channels of the training images, in 0 to 1.
         size: Side of the images in pixels; None where it differs from image to image.
     """
+
     name: str
     train: ArrayImages | FileImages
     test: ArrayImages | FileImages
@@ -100,10 +112,10 @@ class ImageData:
 
 
 def load_dataset(
-        name: str,
-        data_dir: str | os.PathLike | None = None,
-        download: bool = True,
-        limit: int | None = None,
+    name: str,
+    data_dir: str | os.PathLike | None = None,
+    download: bool = True,
+    limit: int | None = None,
 ) -> ImageData:
     """Load a data set by name, or an image folder by its path.
 
@@ -149,6 +161,7 @@ def _subset(images: ArrayImages | FileImages, limit: int) -> ArrayImages | FileI
 def _hold_out(targets: Sequence[int], what: str) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the training images and of the held-out quarter; the same on any machine."""
     from sklearn.model_selection import train_test_split
+
     try:
         train, test = train_test_split(np.arange(len(targets)), test_size=0.25, random_state=0, stratify=targets)
     except ValueError as e:
@@ -158,6 +171,7 @@ def _hold_out(targets: Sequence[int], what: str) -> tuple[np.ndarray, np.ndarray
 
 def _digits() -> ImageData:
     from sklearn.datasets import load_digits
+
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)  # from 17 levels of grey
     train, test = _hold_out(digits.target, 'digits')
@@ -178,6 +192,7 @@ def _cache_dir() -> Path:
 
 def _torchvision(cls: type, title: str, root: Path, download: bool) -> list[Any]:
     """The training and the test set of a torchvision class, downloaded where they are not there."""
+
     def build(fetch: bool) -> list[Any]:
         return [cls(root, train=train, download=fetch) for train in (True, False)]
 
@@ -201,7 +216,8 @@ def _torchvision(cls: type, title: str, root: Path, download: bool) -> list[Any]
 
 def _cifar(name: str, data_dir: str | os.PathLike | None, download: bool) -> ImageData:
     cls, title = dict(
-        cifar10=(torchvision.datasets.CIFAR10, 'CIFAR-10'), cifar100=(torchvision.datasets.CIFAR100, 'CIFAR-100'))[name]
+        cifar10=(torchvision.datasets.CIFAR10, 'CIFAR-10'), cifar100=(torchvision.datasets.CIFAR100, 'CIFAR-100')
+    )[name]
     with warnings.catch_warnings():
         # numpy's remark on how torchvision's files were pickled is of no use to the reader
         warnings.filterwarnings('ignore', message=r'dtype\(\): align')
@@ -227,10 +243,14 @@ def _fashion_mnist(data_dir: str | os.PathLike | None, download: bool) -> ImageD
     else:
         root = SYSTEM_FASHION_MNIST if SYSTEM_FASHION_MNIST.is_dir() else _cache_dir()
     names = [name for pair in files.values() for name in pair]
-    folder = next((
-        folder for folder in (root, root / 'FashionMNIST' / 'raw')
-        if any((folder / f'{name}{end}').is_file() for name in names for end in ('', '.gz'))
-    ), None)
+    folder = next(
+        (
+            folder
+            for folder in (root, root / 'FashionMNIST' / 'raw')
+            if any((folder / f'{name}{end}').is_file() for name in names for end in ('', '.gz'))
+        ),
+        None,
+    )
     if folder is None:
         _torchvision(torchvision.datasets.FashionMNIST, 'Fashion-MNIST', root, download)
         folder = root / 'FashionMNIST' / 'raw'
@@ -242,7 +262,8 @@ def _fashion_mnist(data_dir: str | os.PathLike | None, download: bool) -> ImageD
         if len(images) != len(labels):
             raise UserError(
                 f'{folder}: {images_name} holds {len(images)} images and {labels_name} {len(labels)} labels; '
-                f'take the files from one source')
+                f'take the files from one source'
+            )
         if images.shape[1:] != (28, 28) or not len(labels) or labels.max() >= len(FASHION_MNIST_CLASSES):
             raise UserError(f'{folder}: {images_name} and {labels_name} are not those of Fashion-MNIST')
         sets[split] = ArrayImages(images, labels)
@@ -273,7 +294,8 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
     if len(content) - header != shape.prod():
         raise UserError(
             f'{path} is truncated or damaged: {len(content) - header} bytes of data where its header announces '
-            f'{shape.prod()}; get the file again')
+            f'{shape.prod()}; get the file again'
+        )
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
@@ -308,6 +330,7 @@ def _scan(folder: Path) -> tuple[list[tuple[str, int]], list[str]]:
     try:
         found = torchvision.datasets.ImageFolder(folder)
     except FileNotFoundError as e:
-        raise UserError(f'{folder} is not an image folder: it needs a folder of images for each class '
-                        f'({one_line(e)})') from None
+        raise UserError(
+            f'{folder} is not an image folder: it needs a folder of images for each class ({one_line(e)})'
+        ) from None
     return found.samples, found.classes

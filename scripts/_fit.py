@@ -1,4 +1,5 @@
 """What the quickstart does to each model, with timm's parts: train it for a few epochs, classify with it, save it."""
+
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -37,10 +38,11 @@ class Fit:
         test_loss: Mean cross-entropy after each epoch.
         test_accuracy: Percent, after each epoch.
     """
+
     name: str
     model: nn.Module
     data_config: dict[str, Any]
-    seconds: float = 0.
+    seconds: float = 0.0
     train_loss: list[float] = field(default_factory=list)
     test_loss: list[float] = field(default_factory=list)
     test_accuracy: list[float] = field(default_factory=list)
@@ -51,12 +53,12 @@ class Fit:
 
 
 def fit(
-        name: str,
-        data: ImageData,
-        epochs: int,
-        seed: int,
-        device: torch.device,
-        progress: Callable[[Fit], None] = lambda _: None,
+    name: str,
+    data: ImageData,
+    epochs: int,
+    seed: int,
+    device: torch.device,
+    progress: Callable[[Fit], None] = lambda _: None,
 ) -> Fit:
     """Train a model from scratch.
 
@@ -116,12 +118,16 @@ def _batch_size(data: ImageData) -> int:
 
 
 def _loader(data: ImageData, config: dict[str, Any], device: torch.device, is_training: bool = False) -> Iterable:
-    augmentation = dict(
-        scale=(0.7, 1.0),
-        ratio=(0.9, 1.1),
-        hflip=0. if data.name == 'digits' else 0.5,  # a mirrored digit is none
-        color_jitter=None,
-    ) if is_training else {}
+    augmentation = (
+        dict(
+            scale=(0.7, 1.0),
+            ratio=(0.9, 1.1),
+            hflip=0.0 if data.name == 'digits' else 0.5,  # a mirrored digit is none
+            color_jitter=None,
+        )
+        if is_training
+        else {}
+    )
     return create_loader(
         data.train if is_training else data.test,
         batch_size=_batch_size(data),

@@ -1,4 +1,5 @@
 """The quickstart's picture: how the training went, and what a model makes of images it has not seen."""
+
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,12 +25,12 @@ def pick(targets: Sequence[int], probabilities: torch.Tensor) -> tuple[list[int]
 
 
 def draw(
-        path: Path,
-        fits: Sequence[Fit],
-        data: ImageData,
-        shown: str,
-        probabilities: torch.Tensor,
-        picked: Sequence[Sequence[int]],
+    path: Path,
+    fits: Sequence[Fit],
+    data: ImageData,
+    shown: str,
+    probabilities: torch.Tensor,
+    picked: Sequence[Sequence[int]],
 ) -> None:
     """Write the picture.
 
@@ -41,10 +42,18 @@ def draw(
         probabilities: Its class probabilities of the test images, (images, classes).
         picked: Two rows of test images, of at most ten.
     """
-    with plt.rc_context({
-        'font.size': 9, 'text.color': INK, 'axes.labelcolor': INK, 'xtick.color': INK, 'ytick.color': INK,
-        'axes.edgecolor': FAINT, 'axes.spines.top': False, 'axes.spines.right': False,
-    }):
+    with plt.rc_context(
+        {
+            'font.size': 9,
+            'text.color': INK,
+            'axes.labelcolor': INK,
+            'xtick.color': INK,
+            'ytick.color': INK,
+            'axes.edgecolor': FAINT,
+            'axes.spines.top': False,
+            'axes.spines.right': False,
+        }
+    ):
         figure = plt.figure(figsize=(11, 7.4), dpi=130, layout='constrained')
         top, bottom = figure.subfigures(2, 1, height_ratios=(1.15, 1))
         _curves(top, fits)
@@ -74,8 +83,13 @@ def _curves(figure, fits: Sequence[Fit]) -> None:
 
 
 def _images(figure, data: ImageData, shown: str, probabilities: torch.Tensor, picked: Sequence[Sequence[int]]) -> None:
-    figure.suptitle(f'{shown} on held-out images: some, and those it is least sure of', x=0.008, ha='left',
-                    fontsize=10, fontweight='bold')
+    figure.suptitle(
+        f'{shown} on held-out images: some, and those it is least sure of',
+        x=0.008,
+        ha='left',
+        fontsize=10,
+        fontweight='bold',
+    )
     data.test.transform = None
     grid = figure.subplots(2, COLUMNS)
     for axes in grid.flat:

@@ -1,4 +1,5 @@
 """What a model costs on paper: parameters, multiply-adds, activations."""
+
 import math
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ _MATRIX_OPS = (_aten.convolution, _aten.mm, _aten.addmm, _aten.bmm, _aten.baddbm
 
 class Profile(NamedTuple):
     """Parameters, multiply-adds of one image, and elements that its convolutions and matrix products put out."""
+
     params: int
     macs: int
     activations: int

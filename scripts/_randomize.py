@@ -1,4 +1,5 @@
 """Random weights under which every part of a model matters to its output."""
+
 import torch
 from torch import nn
 
@@ -25,7 +26,7 @@ def randomize(model: nn.Module, images: torch.Tensor, scales: tuple[float, float
             parameter.uniform_(*scales)
     norms = {m: m.momentum for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     for norm in norms:
-        norm.momentum = 1.
+        norm.momentum = 1.0
     model.train()(images)
     for norm, momentum in norms.items():
         norm.momentum = momentum

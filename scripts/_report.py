@@ -1,4 +1,5 @@
 """Files, tables and plots of the runs that reproduce.py makes."""
+
 import csv
 import io
 import math
@@ -41,13 +42,16 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     if not path.exists():
         return []
     damaged = UserError(
-        f'{path} was written by another version of the script or is damaged; move it away or give another --out')
+        f'{path} was written by another version of the script or is damaged; move it away or give another --out'
+    )
     try:
         with path.open(newline='', encoding='utf-8') as file:
             reader = csv.DictReader(file)
             if tuple(reader.fieldnames or ()) != columns:
-                raise UserError(f'{path} was not written by this version of the script (its columns differ); '
-                                f'move it away or give another --out')
+                raise UserError(
+                    f'{path} was not written by this version of the script (its columns differ); '
+                    f'move it away or give another --out'
+                )
             rows = list(reader)
         for row in rows:
             if None in row or None in row.values() or row.get('format', str(FORMAT)) != str(FORMAT):
@@ -62,13 +66,14 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
 @dataclass(frozen=True)
 class Difference:
     """A difference in percentage points, with the ends of its 95 % interval (NaN where there is none)."""
+
     mean: float
     low: float = math.nan
     high: float = math.nan
     paired: bool = True
 
     def __str__(self) -> str:
-        mean, low, high = (f'{round(value, 2) + 0.:+.2f}' for value in (self.mean, self.low, self.high))  # no -0.00
+        mean, low, high = (f'{round(value, 2) + 0.0:+.2f}' for value in (self.mean, self.low, self.high))  # no -0.00
         interval = '(one seed)' if math.isnan(self.low) else f'[{low}, {high}]'
         return f'{mean} {interval}{"" if self.paired else " unpaired"}'
 
@@ -122,7 +127,8 @@ def table(rows: list[Row], baseline: str) -> str:
         lines.append(
             f'| `{name}` | {int(runs[0]["parameters"]):,} | {float(runs[0]["gmacs"]):.4f} | {len(runs)} '
             f'| {mean_sd(list(accuracy.values()))} | {mean_sd([float(row["best_accuracy"]) for row in runs])} '
-            f'| {np.mean([float(row["loss"]) for row in runs]):.4f} | {gap} |')
+            f'| {np.mean([float(row["loss"]) for row in runs]):.4f} | {gap} |'
+        )
     return '\n'.join(lines) + '\n'
 
 
@@ -142,6 +148,7 @@ def caption(rows: list[Row], baseline: str) -> str:
 
 def _figure(width: float, height: float):
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout='constrained')
     axes = figure.subplots()
     axes.spines[['top', 'right']].set_visible(False)
@@ -151,6 +158,7 @@ def _figure(width: float, height: float):
 
 def _colours(count: int) -> list:
     import matplotlib
+
     if count <= 10:
         return list(matplotlib.colormaps['tab10'].colors[:count])
     return list(matplotlib.colormaps['turbo'](np.linspace(0.05, 0.95, count)))
@@ -181,18 +189,33 @@ def plot_accuracy(rows: list[Row]) -> bytes:
     far = _far_below({model: np.mean(values) for model, values in accuracy.items()})
     sizes = np.linspace(11, 5, len(models))  # of two models in one place both are seen
     for model, colour, marker, size in zip(
-            models, _colours(len(models)), (_MARKERS * len(models))[:len(models)], sizes, strict=True):
+        models, _colours(len(models)), (_MARKERS * len(models))[: len(models)], sizes, strict=True
+    ):
         x, values = parameters[model], accuracy[model]
         if model in far:
             edge, side = axes.get_xaxis_transform(), -1 if x * x > low * high else 1  # the text towards the middle
             axes.plot(x, 0, marker, color=colour, markersize=size, label=model, transform=edge, clip_on=False)
             axes.annotate(
-                f'far below: {mean_sd(values)}', (x, 0), xycoords=edge, xytext=(8 * side, 5),
-                textcoords='offset points', color=colour, fontsize=8, ha='left' if side > 0 else 'right')
+                f'far below: {mean_sd(values)}',
+                (x, 0),
+                xycoords=edge,
+                xytext=(8 * side, 5),
+                textcoords='offset points',
+                color=colour,
+                fontsize=8,
+                ha='left' if side > 0 else 'right',
+            )
         else:
             axes.errorbar(
-                x, np.mean(values), yerr=np.std(values, ddof=1) if len(values) > 1 else None,
-                fmt=marker, color=colour, capsize=3, markersize=size, label=model)
+                x,
+                np.mean(values),
+                yerr=np.std(values, ddof=1) if len(values) > 1 else None,
+                fmt=marker,
+                color=colour,
+                capsize=3,
+                markersize=size,
+                label=model,
+            )
     axes.set_xscale('log')
     margin = max(1.05, (high / low) ** 0.08)
     axes.set_xlim(low / margin, high * margin)
@@ -211,9 +234,12 @@ def plot_curves(rows: list[Row]) -> bytes:
     models = by_model(rows)
     figure, axes = _figure(7, 4.5 + 0.1 * len(models))
     last = max(int(row['epoch']) for row in rows)
-    far = _far_below({
-        model: np.mean([float(row['accuracy']) for row in epochs if int(row['epoch']) == last])
-        for model, epochs in models.items()})
+    far = _far_below(
+        {
+            model: np.mean([float(row['accuracy']) for row in epochs if int(row['epoch']) == last])
+            for model, epochs in models.items()
+        }
+    )
     lowest = []
     widths = np.linspace(4.5, 1.2, len(models))  # of two curves in one place both are seen
     for (model, epochs), colour, width in zip(models.items(), _colours(len(models)), widths, strict=True):
@@ -223,12 +249,13 @@ def plot_curves(rows: list[Row]) -> bytes:
         x = sorted(curves)
         means = [np.mean(curves[epoch]) for epoch in x]
         if model not in far:
-            lowest += [min(curves[epoch]) for epoch in x[len(x) // 2:]]
+            lowest += [min(curves[epoch]) for epoch in x[len(x) // 2 :]]
         label = f'{model} (ends at {means[-1]:.1f})' if model in far else model
         axes.plot(x, means, color=colour, label=label, linewidth=width)
         if len(models) <= 6:  # more bands hide each other
             axes.fill_between(
-                x, [min(curves[e]) for e in x], [max(curves[e]) for e in x], color=colour, alpha=0.12, linewidth=0)
+                x, [min(curves[e]) for e in x], [max(curves[e]) for e in x], color=colour, alpha=0.12, linewidth=0
+            )
     low = max(0, min(lowest) - 2)  # the first epochs may run out of the picture: what differs is at the end
     axes.set_ylim(low, min(100.5, axes.get_ylim()[1]))
     axes.xaxis.get_major_locator().set_params(integer=True)

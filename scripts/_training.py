@@ -1,4 +1,5 @@
 """Training of one model, with timm's optimizers, schedulers, moving average and checkpoints, resumable at any epoch."""
+
 import argparse
 import ast
 import difflib
@@ -37,6 +38,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 @dataclass(frozen=True)
 class ModelSpec:
     """A timm model with options, as one command-line word."""
+
     name: str
     options: tuple[tuple[str, Any], ...] = ()
 
@@ -86,21 +88,33 @@ def profile(spec: ModelSpec, num_classes: int, batches: Batches) -> Profile:
         costs = count(model, size)
         logits = model.eval()(torch.empty(1, *size, device='meta'))
     except Exception as e:  # a wrong option shows as anything
-        raise UserError(f'{spec} cannot take images of {" x ".join(map(str, size))} (channels, height, width): '
-                        f'{one_line(e)}; give another --image-size or other options') from None
+        raise UserError(
+            f'{spec} cannot take images of {" x ".join(map(str, size))} (channels, height, width): '
+            f'{one_line(e)}; give another --image-size or other options'
+        ) from None
     if not isinstance(logits, torch.Tensor) or logits.shape != (1, num_classes):
         raise UserError(f'{spec} is no classifier: it does not put out {num_classes} logits an image')
     return costs
 
 
-HISTORY = ('epoch', 'lr', 'train_loss', 'test_loss', 'accuracy', 'seconds', 'train_seconds', 'train_images',
-           'data_wait_seconds', 'peak_memory_mib')
+HISTORY = (
+    'epoch',
+    'lr',
+    'train_loss',
+    'test_loss',
+    'accuracy',
+    'seconds',
+    'train_seconds',
+    'train_images',
+    'data_wait_seconds',
+    'peak_memory_mib',
+)
 
 
 def make_optimizer(
-        model: torch.nn.Module,
-        settings: Settings,
-        updates: int,
+    model: torch.nn.Module,
+    settings: Settings,
+    updates: int,
 ) -> tuple[torch.optim.Optimizer, Scheduler | None]:
     """timm's optimizer and scheduler for `updates` steps an epoch."""
     optimizer = create_optimizer_v2(
@@ -137,12 +151,12 @@ def check_optimizer(settings: Settings) -> None:
 
 
 def train(
-        spec: ModelSpec,
-        seed: int,
-        settings: Settings,
-        batches: Batches,
-        run_dir: Path,
-        bar: tqdm,
+    spec: ModelSpec,
+    seed: int,
+    settings: Settings,
+    batches: Batches,
+    run_dir: Path,
+    bar: tqdm,
 ) -> tuple[torch.nn.Module, list[dict[str, float]]]:
     """Train one model, from the last finished epoch in `run_dir` if there is one.
 
@@ -218,10 +232,26 @@ def train(
         trained = time.perf_counter()
         waited = training.waited.seconds()
         test_loss, accuracy = evaluate()
-        history.append(dict(zip(HISTORY, (
-            epoch, optimizer.param_groups[0]['lr'], train_loss, test_loss, accuracy,
-            time.perf_counter() - started, trained - started, count, waited, peak_memory(device),
-        ), strict=True)))
+        history.append(
+            dict(
+                zip(
+                    HISTORY,
+                    (
+                        epoch,
+                        optimizer.param_groups[0]['lr'],
+                        train_loss,
+                        test_loss,
+                        accuracy,
+                        time.perf_counter() - started,
+                        trained - started,
+                        count,
+                        waited,
+                        peak_memory(device),
+                    ),
+                    strict=True,
+                )
+            )
+        )
         # first the history, then the checkpoint: a history that is ahead is cut on resuming, one that lags is not made
         write_csv(run_dir / 'history.csv', HISTORY, history)
         save_checkpoint(saver, epoch, accuracy, run_dir)
@@ -234,18 +264,20 @@ def save_checkpoint(saver: CheckpointSaver, epoch: int, accuracy: float, run_dir
     try:
         saver.save_checkpoint(epoch, metric=accuracy)
     except RuntimeError as e:  # what torch's writer raises on a full disk
-        raise UserError(f'the checkpoint in {run_dir} cannot be written, probably the disk is full '
-                        f'({str(e).splitlines()[0]}); free some space and run it again') from None
+        raise UserError(
+            f'the checkpoint in {run_dir} cannot be written, probably the disk is full '
+            f'({str(e).splitlines()[0]}); free some space and run it again'
+        ) from None
 
 
 def resume(
-        run_dir: Path,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        ema: ModelEmaV3 | None,
-        scaler: NativeScaler | None,
-        saver: CheckpointSaver,
-        device: torch.device,
+    run_dir: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: ModelEmaV3 | None,
+    scaler: NativeScaler | None,
+    saver: CheckpointSaver,
+    device: torch.device,
 ) -> list[dict[str, float]]:
     """Load the last whole checkpoint, if there is one, and return the history up to it."""
     # timm's writer unlinks `last` before it renames `tmp`: killed in between, only tmp and the best epoch's are left
@@ -266,7 +298,7 @@ def resume(
         if scaler:
             scaler.load_state_dict(checkpoint[scaler.state_dict_key])
         saver.load_state_dict(checkpoint['saver'])
-        return history[:epoch + 1]
+        return history[: epoch + 1]
     return []
 
 
@@ -281,8 +313,9 @@ def peak_memory(device: torch.device) -> float:
     """MiB since `reset_peak_memory`: allocated on CUDA, else resident in this process (elsewhere than on Linux the
     peak since its start)."""
     if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device) / 2 ** 20
+        return torch.cuda.max_memory_allocated(device) / 2**20
     if sys.platform == 'linux':
         return int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1]) / 1024
     import resource  # not on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == 'darwin' else 1024)
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 1024)

@@ -1,4 +1,5 @@
 """Measure speed and memory of models and layers against baselines, interleaved in one process."""
+
 import argparse
 import gc
 import json
@@ -35,9 +36,32 @@ matplotlib.use('Agg')
 DTYPES = ('float32', 'bfloat16', 'float16')
 VARIANTS = ('reparameterized', 'four-branch')
 COLUMNS = (
-    'experiment', 'contestant', 'baseline', 'device', 'dtype', 'channels_last', 'compiled', 'training', 'batch', 'size',
-    'rounds', 'ms', 'ms_q1', 'ms_q3', 'images_per_s', 'peak_mib', 'ratio', 'ratio_q1', 'ratio_q3', 'difference_ms',
-    'peak_ratio', 'matrix_share', 'machine', 'threads', 'torch', 'timm',
+    'experiment',
+    'contestant',
+    'baseline',
+    'device',
+    'dtype',
+    'channels_last',
+    'compiled',
+    'training',
+    'batch',
+    'size',
+    'rounds',
+    'ms',
+    'ms_q1',
+    'ms_q3',
+    'images_per_s',
+    'peak_mib',
+    'ratio',
+    'ratio_q1',
+    'ratio_q3',
+    'difference_ms',
+    'peak_ratio',
+    'matrix_share',
+    'machine',
+    'threads',
+    'torch',
+    'timm',
 )
 ROUND_COLUMNS = ('experiment', 'contestant', 'round', 'ms')
 SAMPLE_SECONDS = 0.02  # a sample repeats a shorter step until it has lasted this long
@@ -70,7 +94,8 @@ class FourBranchSaE(nn.Module):
         hidden = channels // reduction
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.branches = nn.ModuleList(
-            nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(inplace=True)) for _ in range(cardinality))
+            nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(inplace=True)) for _ in range(cardinality)
+        )
         self.excite = nn.Sequential(nn.Linear(cardinality * hidden, channels), nn.Sigmoid())
         self.add_identity = add_identity
 
@@ -84,6 +109,7 @@ class FourBranchSaE(nn.Module):
 @dataclass(frozen=True)
 class Setting:
     """How models run: one experiment's column values."""
+
     device: str = 'cpu'
     dtype: str = 'float32'
     channels_last: bool = False
@@ -97,16 +123,22 @@ class Setting:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def __str__(self) -> str:
-        return ', '.join([
-            'training step' if self.training else 'inference', self.device, self.dtype,
-            'channels-last' if self.channels_last else 'NCHW', 'compiled' if self.compiled else 'eager',
-            f'batch {self.batch}',
-        ])
+        return ', '.join(
+            [
+                'training step' if self.training else 'inference',
+                self.device,
+                self.dtype,
+                'channels-last' if self.channels_last else 'NCHW',
+                'compiled' if self.compiled else 'eager',
+                f'batch {self.batch}',
+            ]
+        )
 
 
 @dataclass
 class Contestant:
     """A step to time. `timed_by_step`: the step returns its own time in seconds, as a child process does."""
+
     step: Callable[[], float | None]
     own_bytes: Callable[[], int] | None = None  # what it holds between steps; None where memory is not of interest
     images: int = 0  # a step
@@ -216,8 +248,7 @@ def four_branch(model: nn.Module) -> nn.Module:
     for block in [m for m in model.modules() if type(m) in plain]:
         block.__class__ = plain[type(block)]
         sae = block.se
-        block.se = FourBranchSaE(
-            sae.channels, sae.channels // sae.rd_channels, sae.cardinality, sae.add_identity)
+        block.se = FourBranchSaE(sae.channels, sae.channels // sae.rd_channels, sae.cardinality, sae.add_identity)
     return model
 
 
@@ -275,8 +306,12 @@ def model_contestant(spec: str, setting: Setting) -> Contestant:
 
 def models_experiment(specs: list[str], baselines: list[str], setting: Setting, rounds: int) -> Experiment:
     return Experiment(
-        f'models, {setting}', setting,
-        lambda: {spec: model_contestant(spec, setting) for spec in specs}, tuple(baselines), rounds)
+        f'models, {setting}',
+        setting,
+        lambda: {spec: model_contestant(spec, setting) for spec in specs},
+        tuple(baselines),
+        rounds,
+    )
 
 
 def layer_step(layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Callable[[], None]:
@@ -293,12 +328,12 @@ def layer_step(layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -
 
 
 def layer_experiment(
-        title: str,
-        layers: Callable[[], dict[str, Callable]],
-        channels: int,
-        setting: Setting,
-        rounds: int,
-        backward: bool,
+    title: str,
+    layers: Callable[[], dict[str, Callable]],
+    channels: int,
+    setting: Setting,
+    rounds: int,
+    backward: bool,
 ) -> Experiment:
     def build() -> dict[str, Contestant]:
         torch.manual_seed(0)
@@ -317,7 +352,11 @@ def layer_experiment(
     what = 'forward and backward' if backward else 'forward'
     return Experiment(
         f'{title}, {channels}x{setting.size}x{setting.size}, {what}, {setting.device}, {setting.dtype}, {layout}',
-        setting, build, (next(iter(layers())),), rounds)
+        setting,
+        build,
+        (next(iter(layers())),),
+        rounds,
+    )
 
 
 IMPORT = """
@@ -351,7 +390,8 @@ def import_contestant(module: str, plugin: bool, program: str = IMPORT) -> Conte
 
     def step() -> float:
         child = subprocess.run(
-            [sys.executable, '-c', program.format(module=module)], env=environment, capture_output=True, text=True)
+            [sys.executable, '-c', program.format(module=module)], env=environment, capture_output=True, text=True
+        )
         if child.returncode:
             raise UserError(f'import {module} failed: {(child.stderr.strip().splitlines() or ["no message"])[-1]}')
         seconds, loaded = child.stdout.split()
@@ -364,13 +404,16 @@ def import_contestant(module: str, plugin: bool, program: str = IMPORT) -> Conte
 
 def import_experiment(module: str, rounds: int) -> Experiment:
     return Experiment(
-        f'import {module}', Setting(batch=0, size=0),
+        f'import {module}',
+        Setting(batch=0, size=0),
         lambda: {
             f'import {module}': import_contestant(module, plugin=False),
             f'import {module} with timm_senetv2': import_contestant(module, plugin=True),
             f'registration after import {module}': import_contestant(module, plugin=True, program=REGISTER),
         },
-        (f'import {module}',), rounds)
+        (f'import {module}',),
+        rounds,
+    )
 
 
 def matrix_rate(setting: Setting) -> float:
@@ -379,7 +422,7 @@ def matrix_rate(setting: Setting) -> float:
     a = torch.randn(n, n, device=setting.device, dtype=getattr(torch, setting.dtype))
     step = Contestant(torch.inference_mode()(lambda: a @ a))
     times = measure({'matrix product': step}, 10, setting.device, 'matrix product')['matrix product']
-    return 2 * n ** 3 / min(times)  # the rest is what something else on the machine took
+    return 2 * n**3 / min(times)  # the rest is what something else on the machine took
 
 
 def machine(device: str) -> str:
@@ -403,26 +446,45 @@ def measure_experiment(experiment: Experiment, rates: dict[str, float]) -> None:
     if any(c.flops for c in contestants.values()) and setting.dtype not in rates:
         rates[setting.dtype] = matrix_rate(setting)
     shared = dict(
-        experiment=experiment.title, device=setting.device, dtype=setting.dtype, channels_last=setting.channels_last,
-        compiled=setting.compiled, training=setting.training, batch=setting.batch, size=setting.size,
-        rounds=experiment.rounds, machine=machine(setting.device), threads=torch.get_num_threads(),
-        torch=torch.__version__, timm=timm.__version__,
+        experiment=experiment.title,
+        device=setting.device,
+        dtype=setting.dtype,
+        channels_last=setting.channels_last,
+        compiled=setting.compiled,
+        training=setting.training,
+        batch=setting.batch,
+        size=setting.size,
+        rounds=experiment.rounds,
+        machine=machine(setting.device),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        timm=timm.__version__,
     )
     for name, contestant in contestants.items():
         low, middle, high = quartiles(times[name])
         own = dict(
-            contestant=name, ms=f'{middle * 1e3:.4g}', ms_q1=f'{low * 1e3:.4g}', ms_q3=f'{high * 1e3:.4g}',
+            contestant=name,
+            ms=f'{middle * 1e3:.4g}',
+            ms_q1=f'{low * 1e3:.4g}',
+            ms_q3=f'{high * 1e3:.4g}',
             images_per_s=f'{contestant.images / middle:.4g}' if contestant.images else '',
-            peak_mib=f'{peaks[name] / 2 ** 20:.1f}' if name in peaks else '',
+            peak_mib=f'{peaks[name] / 2**20:.1f}' if name in peaks else '',
             matrix_share=f'{contestant.flops / middle / rates[setting.dtype]:.3f}' if contestant.flops else '',
         )
         for baseline in experiment.baselines:
             q1, median, q3, difference = compare(times[baseline], times[name])
-            experiment.rows.append(shared | own | dict(
-                baseline=baseline, ratio=f'{median:.4f}', ratio_q1=f'{q1:.4f}', ratio_q3=f'{q3:.4f}',
-                difference_ms=f'{difference * 1e3:.4g}',
-                peak_ratio=f'{peaks[name] / peaks[baseline]:.4f}' if name in peaks else '',
-            ))
+            experiment.rows.append(
+                shared
+                | own
+                | dict(
+                    baseline=baseline,
+                    ratio=f'{median:.4f}',
+                    ratio_q1=f'{q1:.4f}',
+                    ratio_q3=f'{q3:.4f}',
+                    difference_ms=f'{difference * 1e3:.4g}',
+                    peak_ratio=f'{peaks[name] / peaks[baseline]:.4f}' if name in peaks else '',
+                )
+            )
         experiment.round_rows += [
             dict(experiment=experiment.title, contestant=name, round=i, ms=f'{t * 1e3:.6g}')
             for i, t in enumerate(times[name])
@@ -455,18 +517,27 @@ def sae_experiment(channels: int, size: int, setting: Setting, rounds: int) -> E
     return layer_experiment(
         'SaE layer',
         lambda: {FOUR_BRANCH: FourBranchSaE(channels), SAE: SqueezeAggregatedExcitation(channels)},
-        channels, with_(setting, size=size), rounds, backward=True)
+        channels,
+        with_(setting, size=size),
+        rounds,
+        backward=True,
+    )
 
 
 def aggregation_experiment(channels: int, size: int, setting: Setting, rounds: int, backward: bool) -> Experiment:
     return layer_experiment(
         f'channel aggregation, batch {setting.batch}',
         lambda: {CLONE: torch.clone, AGGREGATION: ChannelAggregation()},
-        channels, with_(setting, size=size), rounds, backward)
+        channels,
+        with_(setting, size=size),
+        rounds,
+        backward,
+    )
 
 
 def suite(device: str, quick: bool) -> list[Experiment]:
     """Everything results/README.md reports for a device. `quick` is for trying the command: its figures mean little."""
+
     def rounds(n: int) -> int:
         return 3 if quick else n
 
@@ -488,8 +559,9 @@ def suite(device: str, quick: bool) -> list[Experiment]:
                 specs = TRAINABLE if training else SUITE_MODELS
                 experiments.append(models_experiment(specs, SUITE_BASELINES, setting, rounds(50)))
         for compiled in False, True:
-            experiments.append(models_experiment(
-                ['seanet20'], ['seanet20'], shrunk(with_(GPU_SEANET, compiled=compiled)), rounds(50)))
+            experiments.append(
+                models_experiment(['seanet20'], ['seanet20'], shrunk(with_(GPU_SEANET, compiled=compiled)), rounds(50))
+            )
     base = CPU if device == 'cpu' else GPU
     for channels_last in False, True:
         setting = shrunk(with_(base, channels_last=channels_last))
@@ -497,7 +569,8 @@ def suite(device: str, quick: bool) -> list[Experiment]:
         for batch in (setting.batch,) if quick else AGGREGATION_BATCHES:
             experiments += [
                 aggregation_experiment(c, size, with_(setting, batch=batch), rounds(41), backward)
-                for backward in (False, True) for c, size in AGGREGATION_SIZES
+                for backward in (False, True)
+                for c, size in AGGREGATION_SIZES
             ]
     return experiments
 
@@ -505,6 +578,7 @@ def suite(device: str, quick: bool) -> list[Experiment]:
 @dataclass(frozen=True)
 class Target:
     """A bound on a column of one row of the suite."""
+
     text: str
     experiment: Experiment
     contestant: str
@@ -515,7 +589,8 @@ class Target:
 
     def line(self, rows: list[dict]) -> str:
         values = [
-            row[self.column] for row in rows
+            row[self.column]
+            for row in rows
             if (row['experiment'], row['contestant'], row['baseline'])
             == (self.experiment.title, self.contestant, self.baseline)
         ]
@@ -536,22 +611,49 @@ def targets() -> list[Target]:
             Target(f'CPU inference, speed / seresnet50, {layout}', inference, SENETV2, 'seresnet50', 'ratio', 1.03),
             Target(f'CPU inference, speed / resnet50, {layout}', inference, SENETV2, 'resnet50', 'ratio', 0.97),
             Target(f'CPU training step, speed / seresnet50, {layout}', training, SENETV2, 'seresnet50', 'ratio', 1.02),
-            Target(f'CPU training step, peak memory / seresnet50, {layout}', training, SENETV2, 'seresnet50',
-                   'peak_ratio', 1, at_least=False),
-            Target(f'SaE layer 2048x7x7, forward and backward, speed / four-branch, {layout}',
-                   sae_experiment(2048, 7, setting, 1), SAE, FOUR_BRANCH, 'ratio', 1.3),
+            Target(
+                f'CPU training step, peak memory / seresnet50, {layout}',
+                training,
+                SENETV2,
+                'seresnet50',
+                'peak_ratio',
+                1,
+                at_least=False,
+            ),
+            Target(
+                f'SaE layer 2048x7x7, forward and backward, speed / four-branch, {layout}',
+                sae_experiment(2048, 7, setting, 1),
+                SAE,
+                FOUR_BRANCH,
+                'ratio',
+                1.3,
+            ),
         ]
         found += [
-            Target(f'aggregation {batch}x{c}x{size}x{size}, forward, speed / clone, {layout}',
-                   aggregation_experiment(c, size, with_(setting, batch=batch), 1, backward=False),
-                   AGGREGATION, CLONE, 'ratio', 1)
-            for batch in AGGREGATION_BATCHES for c, size in AGGREGATION_SIZES
+            Target(
+                f'aggregation {batch}x{c}x{size}x{size}, forward, speed / clone, {layout}',
+                aggregation_experiment(c, size, with_(setting, batch=batch), 1, backward=False),
+                AGGREGATION,
+                CLONE,
+                'ratio',
+                1,
+            )
+            for batch in AGGREGATION_BATCHES
+            for c, size in AGGREGATION_SIZES
         ]
     for training, compiled, bound in (False, True, 0.95), (False, False, 0.97), (True, True, 0.90):
         setting = with_(GPU, training=training, compiled=compiled)
-        found.append(Target(
-            f'GPU {"training step" if training else "inference"}, {"compiled" if compiled else "eager"}, '
-            'speed / resnet50', models_experiment([], [], setting, 1), SENETV2, 'resnet50', 'ratio', bound))
+        found.append(
+            Target(
+                f'GPU {"training step" if training else "inference"}, {"compiled" if compiled else "eager"}, '
+                'speed / resnet50',
+                models_experiment([], [], setting, 1),
+                SENETV2,
+                'resnet50',
+                'ratio',
+                bound,
+            )
+        )
     return found
 
 
@@ -560,10 +662,24 @@ def import_targets() -> list[Target]:
     for module, bound in ('torch', 5), ('timm', 60):
         baseline, experiment = f'import {module}', import_experiment(module, 1)
         found += [
-            Target(f'import {module}, added ms, difference of whole imports', experiment,
-                   f'{baseline} with timm_senetv2', baseline, 'difference_ms', bound, at_least=False),
-            Target(f'import {module}, added ms, registration alone', experiment,
-                   f'registration after {baseline}', baseline, 'ms', bound, at_least=False),
+            Target(
+                f'import {module}, added ms, difference of whole imports',
+                experiment,
+                f'{baseline} with timm_senetv2',
+                baseline,
+                'difference_ms',
+                bound,
+                at_least=False,
+            ),
+            Target(
+                f'import {module}, added ms, registration alone',
+                experiment,
+                f'registration after {baseline}',
+                baseline,
+                'ms',
+                bound,
+                at_least=False,
+            ),
         ]
     return found
 
@@ -571,14 +687,24 @@ def import_targets() -> list[Target]:
 def experiment_table(rows: list[dict]) -> str:
     """Markdown: a line a contestant, its ratios to each baseline."""
     baselines = list(dict.fromkeys(row['baseline'] for row in rows))
-    optional = [(name, column) for name, column in (
-        ('images/s', 'images_per_s'), ('peak MiB', 'peak_mib'), ('share of matrix rate', 'matrix_share'),
-    ) if any(row[column] for row in rows)]
+    optional = [
+        (name, column)
+        for name, column in (
+            ('images/s', 'images_per_s'),
+            ('peak MiB', 'peak_mib'),
+            ('share of matrix rate', 'matrix_share'),
+        )
+        if any(row[column] for row in rows)
+    ]
     heads = ['', 'ms', *(name for name, _ in optional)]
     compared = ('speed', 'memory') if rows[0]['peak_mib'] else ('speed',)
     heads += [f'{what} / {b}' for b in baselines for what in compared]
-    lines = [f'**{rows[0]["experiment"]}**, {rows[0]["rounds"]} rounds', '', f'| {" | ".join(heads)} |',
-             '|' + '---|' * len(heads)]
+    lines = [
+        f'**{rows[0]["experiment"]}**, {rows[0]["rounds"]} rounds',
+        '',
+        f'| {" | ".join(heads)} |',
+        '|' + '---|' * len(heads),
+    ]
     for name in dict.fromkeys(row['contestant'] for row in rows):
         mine = [row for row in rows if row['contestant'] == name]
         cells = [name, f'{mine[0]["ms"]} ({mine[0]["ms_q1"]}–{mine[0]["ms_q3"]})']
@@ -619,8 +745,9 @@ def chart(experiments: list[Experiment], path: Path) -> None:
     columns = min(2, len(shown))
     lines = math.ceil(len(shown) / columns)
     figure, axes = plt.subplots(
-        lines, columns, figsize=(6.5 * columns, 0.6 + 2.4 * lines), squeeze=False, layout='constrained')
-    for axis in axes.flat[len(shown):]:
+        lines, columns, figsize=(6.5 * columns, 0.6 + 2.4 * lines), squeeze=False, layout='constrained'
+    )
+    for axis in axes.flat[len(shown) :]:
         axis.remove()
     for axis, experiment in zip(axes.flat, shown, strict=False):
         rows = [row for row in experiment.rows if row['baseline'] == experiment.baselines[0]]
@@ -655,15 +782,30 @@ def positive(text: str) -> int:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--suite', action='store_true',
-                        help='everything results/README.md reports for the device: models in inference and training, '
-                             'the layers alone; only --device, --threads, --quick, --out, --name apply')
-    parser.add_argument('--imports', action='store_true',
-                        help='measure instead what registering the models adds to `import torch` and `import timm`')
-    parser.add_argument('--models', nargs='+', default=SUITE_MODELS, metavar='MODEL',
-                        help='timm names, with or without a suffix (default: %(default)s)')
-    parser.add_argument('--baseline', nargs='+', metavar='MODEL',
-                        help='one or more of the models that the others are compared with (default: the first)')
+    parser.add_argument(
+        '--suite',
+        action='store_true',
+        help='everything results/README.md reports for the device: models in inference and training, '
+        'the layers alone; only --device, --threads, --quick, --out, --name apply',
+    )
+    parser.add_argument(
+        '--imports',
+        action='store_true',
+        help='measure instead what registering the models adds to `import torch` and `import timm`',
+    )
+    parser.add_argument(
+        '--models',
+        nargs='+',
+        default=SUITE_MODELS,
+        metavar='MODEL',
+        help='timm names, with or without a suffix (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--baseline',
+        nargs='+',
+        metavar='MODEL',
+        help='one or more of the models that the others are compared with (default: the first)',
+    )
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'], help='default: %(default)s')
     parser.add_argument('--dtype', default='float32', choices=DTYPES, help='default: %(default)s')
     parser.add_argument('--channels-last', action='store_true', help='channels-last memory format')
@@ -673,12 +815,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--size', type=positive, default=224, help='height and width in pixels (default: %(default)s)')
     parser.add_argument('--rounds', type=positive, default=25, help='rounds to measure (default: %(default)s)')
     parser.add_argument('--threads', type=positive, help="CPU threads (default: torch's choice)")
-    parser.add_argument('--quick', action='store_true',
-                        help='three rounds of small batches, to try the command; the figures mean little')
+    parser.add_argument(
+        '--quick',
+        action='store_true',
+        help='three rounds of small batches, to try the command; the figures mean little',
+    )
     parser.add_argument('--out', default='results', help='folder for the files (default: %(default)s)')
-    parser.add_argument('--name',
-                        help='files are benchmark_NAME.csv, .md, .png and benchmark_NAME_rounds.csv '
-                             '(default: the device with --suite, imports with --imports, else custom)')
+    parser.add_argument(
+        '--name',
+        help='files are benchmark_NAME.csv, .md, .png and benchmark_NAME_rounds.csv '
+        '(default: the device with --suite, imports with --imports, else custom)',
+    )
     args = parser.parse_args(argv)
     if args.train:
         args.models = [m for m in args.models if args.models is not SUITE_MODELS or m in TRAINABLE]

@@ -7,6 +7,7 @@ unofficial PyTorch ports that store SaE as separate dense layers. The number of 
     python scripts/convert_checkpoint.py best_model.pth --model seanet20 --out seanet20_cifar10
     python -c "import timm; timm.create_model('local-dir:seanet20_cifar10', pretrained=True)"
 """
+
 import argparse
 import difflib
 import tempfile
@@ -26,10 +27,17 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('checkpoint', type=Path, help='.pth, .pt, .bin or .safetensors file; never unpickled freely')
     parser.add_argument('--model', required=True, help='the model that the weights are of, such as seanet20')
-    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
-                        help='its options where they are not the default, such as aggregation_op=mean')
-    parser.add_argument('--out', required=True, type=Path, metavar='DIR',
-                        help='new directory for model.safetensors and config.json')
+    parser.add_argument(
+        '--model-kwargs',
+        nargs='*',
+        default={},
+        action=ParseKwargs,
+        metavar='KEY=VALUE',
+        help='its options where they are not the default, such as aggregation_op=mean',
+    )
+    parser.add_argument(
+        '--out', required=True, type=Path, metavar='DIR', help='new directory for model.safetensors and config.json'
+    )
     return parser.parse_args()
 
 
@@ -39,7 +47,8 @@ def main() -> None:
     if args.model not in models:
         close = difflib.get_close_matches(args.model, models, n=3)
         raise UserError(
-            f'{args.model!r} is not one of our models' + (f'; did you mean {", ".join(close)}?' if close else ''))
+            f'{args.model!r} is not one of our models' + (f'; did you mean {", ".join(close)}?' if close else '')
+        )
     if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
         raise UserError(f'{args.out} exists; name a new directory')
     try:

@@ -7,6 +7,7 @@ lifts is also built with random weights and compared with itself from before the
     python scripts/lift_families.py
     python scripts/lift_families.py --table    # print the table of the file again, as Markdown
 """
+
 import argparse
 import copy
 import csv
@@ -25,16 +26,30 @@ from timm_senetv2.checkpoints import SE_CLASSES
 from timm_senetv2.registration import MODEL_MODULES
 
 COLUMNS = (
-    'family', 'models_with_se', 'lifted', 'compared', 'se_layers', 'params_before', 'params_after',
-    'output_std', 'max_difference_float32', 'max_difference_float64', 'why_refused',
+    'family',
+    'models_with_se',
+    'lifted',
+    'compared',
+    'se_layers',
+    'params_before',
+    'params_after',
+    'output_std',
+    'max_difference_float32',
+    'max_difference_float64',
+    'why_refused',
 )
 TOLERANCE = 1e-5  # in double: in single precision rounding alone differs by about as much in the deepest models
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--out', type=Path, metavar='FILE', help='the table, csv (default: results/lift_families.csv)',
-                        default=Path(__file__).parents[1] / 'results' / 'lift_families.csv')
+    parser.add_argument(
+        '--out',
+        type=Path,
+        metavar='FILE',
+        help='the table, csv (default: results/lift_families.csv)',
+        default=Path(__file__).parents[1] / 'results' / 'lift_families.csv',
+    )
     parser.add_argument('--family', nargs='*', metavar='NAME', help='try only these modules of timm.models')
     parser.add_argument('--table', action='store_true', help='try nothing, print the file as a Markdown table')
     return parser.parse_args()
@@ -86,14 +101,18 @@ def compare(name: str) -> dict[str, str]:
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    lines = ['| Family in timm | With SE | Lifted | Compared | Output std | Largest difference: float32 | float64 '
-             '| Refused where |',
-             '|---|--:|--:|---|--:|--:|--:|---|']
+    lines = [
+        '| Family in timm | With SE | Lifted | Compared | Output std | Largest difference: float32 | float64 '
+        '| Refused where |',
+        '|---|--:|--:|---|--:|--:|--:|---|',
+    ]
     for row in rows:
         compared = f'`{row["compared"]}`' if row['compared'] else ''
-        lines.append(f'| `{row["family"]}` | {row["models_with_se"]} | {row["lifted"]} | {compared} '
-                     f'| {row["output_std"]} | {row["max_difference_float32"]} | {row["max_difference_float64"]} '
-                     f'| {row["why_refused"]} |')
+        lines.append(
+            f'| `{row["family"]}` | {row["models_with_se"]} | {row["lifted"]} | {compared} '
+            f'| {row["output_std"]} | {row["max_difference_float32"]} | {row["max_difference_float64"]} '
+            f'| {row["why_refused"]} |'
+        )
     return '\n'.join(lines)
 
 

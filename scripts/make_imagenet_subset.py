@@ -10,6 +10,7 @@ train/CLASS/IMAGE, links into a folder or files out of a tar, and manifest.json 
 An image is in or out by a hash of the seed and its class and file name alone, so the same seed gives the same images on
 any machine, from folder and tar alike, and 100 a class are among the 250. Interrupted and run again, it goes on.
 """
+
 import argparse
 import hashlib
 import json
@@ -109,6 +110,7 @@ def link(source: Path, target: Path) -> None:
 
 def choose(images: dict[str, dict[str, int]], per_class: int, seed: int) -> dict[str, list[str]]:
     """The names of the chosen images of each class, sorted."""
+
     def rank(label: str, name: str) -> bytes:
         return hashlib.sha256(os.fsencode(f'{seed}/{label}/{name}')).digest()
 
@@ -129,8 +131,10 @@ def claim(dst: Path, manifest: dict) -> None:
         except (ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f'{dst / MANIFEST} is not of this script; choose another DST') from None
         if not same:
-            raise UserError(f'{dst} is already another subset ({described}, or the source has changed since); '
-                            'remove it or choose another DST')
+            raise UserError(
+                f'{dst} is already another subset ({described}, or the source has changed since); '
+                'remove it or choose another DST'
+            )
         return
     if dst.exists() and (not dst.is_dir() or any(p.name != f'.{MANIFEST}.partial' for p in dst.iterdir())):
         raise UserError(f'{dst} exists and is not a subset made by this script; choose another DST')
@@ -147,7 +151,8 @@ def main() -> None:
     parser.add_argument('src', metavar='SRC', type=Path, help='image folder or .tar')
     parser.add_argument('dst', metavar='DST', type=Path, help='folder to make; not inside SRC')
     parser.add_argument(
-        '--per-class', type=int, default=250, metavar='N', help='training images of each class (default: 250)')
+        '--per-class', type=int, default=250, metavar='N', help='training images of each class (default: 250)'
+    )
     parser.add_argument('--seed', type=int, default=0, metavar='S', help='other seeds choose other images (default: 0)')
     args = parser.parse_args()
     if args.per_class < 1:
@@ -164,8 +169,13 @@ def main() -> None:
     digest = hashlib.sha256(os.fsencode(listing)).hexdigest()
     short = {label: len(names) for label, names in chosen.items() if len(names) < args.per_class}
     manifest = dict(
-        source=str(train.resolve()), seed=args.seed, per_class=args.per_class, images=len(files), sha256=digest,
-        short=short, classes=chosen,
+        source=str(train.resolve()),
+        seed=args.seed,
+        per_class=args.per_class,
+        images=len(files),
+        sha256=digest,
+        short=short,
+        classes=chosen,
     )
     try:
         claim(args.dst, manifest)
@@ -184,18 +194,26 @@ def main() -> None:
 
     print(f'{args.dst}: {len(files)} images of {len(chosen)} classes, sha256 {digest}')
     if not validation:
-        print(f'{args.src} has no validation images: put a folder or link validation/ into {args.dst}, '
-              'or train with --val-split ""')
+        print(
+            f'{args.src} has no validation images: put a folder or link validation/ into {args.dst}, '
+            'or train with --val-split ""'
+        )
     if short:
         shown = ', '.join(f'{label} ({count})' for label, count in list(short.items())[:10])
-        print(f'warning: fewer than {args.per_class} images in {len(short)} of {len(chosen)} classes: {shown}'
-              + (f' and {len(short) - 10} more, see {args.dst / MANIFEST}' if len(short) > 10 else ''), file=sys.stderr)
+        print(
+            f'warning: fewer than {args.per_class} images in {len(short)} of {len(chosen)} classes: {shown}'
+            + (f' and {len(short) - 10} more, see {args.dst / MANIFEST}' if len(short) > 10 else ''),
+            file=sys.stderr,
+        )
     tested = {folder.name for folder in validation.iterdir() if folder.is_dir()} if validation else set()
     different = sorted(tested ^ {label for label, names in chosen.items() if names})
     if tested and different:
-        print(f'warning: training and validation images are not of the same classes (only one has {different[0]}, '
-              f'{len(different)} in all), and timm numbers the classes of each alone: mend the source, or give '
-              "train.py's --class-map", file=sys.stderr)
+        print(
+            f'warning: training and validation images are not of the same classes (only one has {different[0]}, '
+            f'{len(different)} in all), and timm numbers the classes of each alone: mend the source, or give '
+            "train.py's --class-map",
+            file=sys.stderr,
+        )
 
 
 if __name__ == '__main__':

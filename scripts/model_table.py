@@ -1,4 +1,5 @@
 """The README's table of all models: print it, write it between its two markers, or check that it is up to date."""
+
 import argparse
 import re
 from collections.abc import Sequence

@@ -6,6 +6,7 @@ results/lift_sources.csv. A lifted model computes what its source does, so they 
 
     python scripts/pretrained_table.py
 """
+
 import argparse
 import csv
 from pathlib import Path

@@ -9,6 +9,7 @@ The weights must fit the model before anything is created on the Hub. What was p
 file by file and logit by logit. Where the repository holds the same files already, no commit is made; where a push
 failed, the same command finishes it. The token is the one of `hf auth login` or $HF_TOKEN.
 """
+
 import argparse
 import logging
 import sys
@@ -55,25 +56,35 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', required=True, help='model name, such as senetv2_resnet50')
     parser.add_argument(
-        '--repo-id', required=True, metavar='OWNER/NAME', help='repository on the Hub; created if it is not there')
+        '--repo-id', required=True, metavar='OWNER/NAME', help='repository on the Hub; created if it is not there'
+    )
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument(
-        '--checkpoint', metavar='FILE', help='a checkpoint of timm\'s train.py, a state dict, or a safetensors file')
-    weights.add_argument('--pretrained', metavar='TAG', help='the model\'s pretrained weights of this tag')
+        '--checkpoint', metavar='FILE', help="a checkpoint of timm's train.py, a state dict, or a safetensors file"
+    )
+    weights.add_argument('--pretrained', metavar='TAG', help="the model's pretrained weights of this tag")
     parser.add_argument('--ema', action='store_true', help='take the averaged weights of the checkpoint')
     parser.add_argument(
-        '--num-classes', type=int, metavar='N', help='classes of the checkpoint (default: the model\'s own number)')
+        '--num-classes', type=int, metavar='N', help="classes of the checkpoint (default: the model's own number)"
+    )
     parser.add_argument(
-        '--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
-        help='options of the model, as for train.py, such as sae_reduction=16')
+        '--model-kwargs',
+        nargs='*',
+        default={},
+        action=ParseKwargs,
+        metavar='KEY=VALUE',
+        help='options of the model, as for train.py, such as sae_reduction=16',
+    )
     parser.add_argument(
-        '--card', metavar='FILE',
-        help='YAML file of facts for the model card (default: hub_cards/MODEL.TAG.yaml with --pretrained, else none)')
+        '--card',
+        metavar='FILE',
+        help='YAML file of facts for the model card (default: hub_cards/MODEL.TAG.yaml with --pretrained, else none)',
+    )
     parser.add_argument('--private', action='store_true', help='create the repository as a private one')
     parser.add_argument('--create-pr', action='store_true', help='open a pull request instead of committing')
     parser.add_argument('--revision', default='main', help='branch; created if it is not there (default: main)')
     parser.add_argument('--dry-run', metavar='DIR', help='write the files into DIR, and push nothing')
-    parser.add_argument('-v', '--verbose', action='store_true', help='show what the Hub\'s client does')
+    parser.add_argument('-v', '--verbose', action='store_true', help="show what the Hub's client does")
     return parser.parse_args()
 
 
@@ -93,7 +104,8 @@ def push(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         hub.write_files(model, folder, card, facts)
         pushed = hub.push(
-            folder, args.repo_id, model, private=args.private, create_pr=args.create_pr, revision=args.revision)
+            folder, args.repo_id, model, private=args.private, create_pr=args.create_pr, revision=args.revision
+        )
     print(f'{"pushed" if pushed.new else "nothing to do, the same files are there"}: {pushed.url}')
     print('downloaded again: the same files, the same logits')
     print(hub.load_line(args.repo_id, pushed.revision))

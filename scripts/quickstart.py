@@ -1,4 +1,5 @@
 """Train the small models of the papers on real images, save them, load one again, and draw what it sees."""
+
 # torch, timm and matplotlib are imported in main(), after the arguments: --help needs no installation and no patience
 import argparse
 import csv
@@ -25,26 +26,39 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         f'{RESULTS} (a row an epoch) and {PICTURE}. They replace those of the last run when all is done, not before.',
     )
     parser.add_argument(
-        '--models', nargs='+', default=list(MODELS), metavar='MODEL',
-        help=f"names from timm.list_models(), trained from scratch (default: {' '.join(MODELS)})")
+        '--models',
+        nargs='+',
+        default=list(MODELS),
+        metavar='MODEL',
+        help=f'names from timm.list_models(), trained from scratch (default: {" ".join(MODELS)})',
+    )
     parser.add_argument('--epochs', type=int, default=10, metavar='N', help='passes over the images (default: 10)')
     parser.add_argument('--seed', type=int, default=0, metavar='N', help='each model starts from it (default: 0)')
     parser.add_argument(
-        '--dataset', default='digits', metavar='NAME',
-        help="digits (1,797 handwritten ones that come with scikit-learn, a quarter held out), fashion-mnist, cifar10, "
-        "cifar100, or the path of an image folder: train/ and val/ with a folder for each class in them, or the "
-        "classes' folders alone, of which a quarter is held out (default: digits)")
+        '--dataset',
+        default='digits',
+        metavar='NAME',
+        help='digits (1,797 handwritten ones that come with scikit-learn, a quarter held out), fashion-mnist, cifar10, '
+        'cifar100, or the path of an image folder: train/ and val/ with a folder for each class in them, or the '
+        "classes' folders alone, of which a quarter is held out (default: digits)",
+    )
     parser.add_argument(
-        '--data-dir', metavar='DIR',
-        help="where fashion-mnist, cifar10 or cifar100 is or shall be downloaded to (default: in the user's cache)")
+        '--data-dir',
+        metavar='DIR',
+        help="where fashion-mnist, cifar10 or cifar100 is or shall be downloaded to (default: in the user's cache)",
+    )
     parser.add_argument(
-        '--out', type=Path, default=Path(__file__).resolve().parents[1] / 'output' / 'quickstart', metavar='DIR',
-        help='folder to write: a new one, or one that this script wrote (default: output/quickstart in the clone)')
+        '--out',
+        type=Path,
+        default=Path(__file__).resolve().parents[1] / 'output' / 'quickstart',
+        metavar='DIR',
+        help='folder to write: a new one, or one that this script wrote (default: output/quickstart in the clone)',
+    )
     args = parser.parse_args(argv)
     if args.epochs < 1:
         raise UserError(f'--epochs must be at least 1, got {args.epochs}')
-    if not 0 <= args.seed < 2 ** 32:
-        raise UserError(f'--seed must lie in 0 to {2 ** 32 - 1}, got {args.seed}')
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f'--seed must lie in 0 to {2**32 - 1}, got {args.seed}')
     args.models = list(dict.fromkeys(args.models))
     return args
 
@@ -110,8 +124,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in args.models:
         if not timm.is_model(name):
             close = get_close_matches(name, timm.list_models(), n=3)
-            raise UserError(f'unknown model {name!r}; ' + (
-                f'did you mean {" or ".join(close)}?' if close else 'timm.list_models() has all names'))
+            raise UserError(
+                f'unknown model {name!r}; '
+                + (f'did you mean {" or ".join(close)}?' if close else 'timm.list_models() has all names')
+            )
     data = load_dataset(args.dataset, args.data_dir)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     if device.type == 'cpu' and 'OMP_NUM_THREADS' not in os.environ:
@@ -119,8 +135,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
     shown = MODELS[-1] if MODELS[-1] in args.models else args.models[-1]
 
-    print(f'{data.name}: {len(data.train)} images to train on, {len(data.test)} held out, {len(data.classes)} classes; '
-          f'epochs: {args.epochs}, on {device}')
+    print(
+        f'{data.name}: {len(data.train)} images to train on, {len(data.test)} held out, {len(data.classes)} classes; '
+        f'epochs: {args.epochs}, on {device}'
+    )
     with replaced_when_done(args.out) as folder:
         fits = []
         for name in args.models:
@@ -142,18 +160,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         draw(folder / PICTURE, fits, data, shown, probabilities, picked)
 
     print()
-    print_table([
-        (f.name, f'{f.parameters:,}', f'{f.test_loss[-1]:.4f}', f'{f.test_accuracy[-1]:.2f} %', f'{f.seconds:.0f}')
-        for f in fits
-    ])
+    print_table(
+        [
+            (f.name, f'{f.parameters:,}', f'{f.test_loss[-1]:.4f}', f'{f.test_accuracy[-1]:.2f} %', f'{f.seconds:.0f}')
+            for f in fits
+        ]
+    )
     print(f"""
 Loss and accuracy are of the held-out images, after the last epoch. {shown} was loaded again from its folder:
     timm.create_model('local-dir:{args.out / shown}', pretrained=True)
 It predicts the same as before for all {len(data.test)} of them. Some of them, and some it is least sure of:""")
     for index in (*picked[0][:5], *picked[1][:5]):
         confidence, predicted = probabilities[index].max(0)
-        print(f'    image {index}: {data.classes[predicted]} ({100 * confidence:.1f} %), '
-              f'labelled {data.classes[data.test.targets[index]]}')
+        print(
+            f'    image {index}: {data.classes[predicted]} ({100 * confidence:.1f} %), '
+            f'labelled {data.classes[data.test.targets[index]]}'
+        )
     print(f'The training curves and more of the images: {args.out / PICTURE}')
 
 

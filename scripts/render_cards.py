@@ -4,6 +4,7 @@
 
 Nothing is downloaded: a card needs the model's shape and its config, not its weights.
 """
+
 import argparse
 from pathlib import Path
 
@@ -20,14 +21,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=Path, metavar='DIR', help='where to write MODEL.TAG.md; created if need be')
     parser.add_argument(
-        '--owner', default='timm-senetv2', help='owner of the repositories on the Hub (default: %(default)s)')
+        '--owner', default='timm-senetv2', help='owner of the repositories on the Hub (default: %(default)s)'
+    )
     args = parser.parse_args()
     try:
         args.folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f'cannot make the folder {args.folder}: {e.strerror}') from None
     released = [
-        name for name in timm.list_pretrained() if model_entrypoint(name).__module__.startswith('timm_senetv2.')]
+        name for name in timm.list_pretrained() if model_entrypoint(name).__module__.startswith('timm_senetv2.')
+    ]
     for name in tqdm(released, unit='card'):
         try:
             facts = hub.facts_of(*split_model_name_tag(name))

@@ -24,6 +24,7 @@ same arguments, it goes on at the last finished epoch and repeats no finished ru
 once a GPU under CUDA_VISIBLE_DEVICES, the processes share out the runs, write to the same files, and end when all runs
 are done; those of a process that was stopped are made by the others.
 """
+
 import argparse
 import hashlib
 import json
@@ -66,21 +67,60 @@ import timm_senetv2
 
 PROTOCOLS = {
     'seanet': dict(
-        opt='momentum', lr=0.1, weight_decay=1e-4, decay_norms=True, batch_size=64, epochs=200, sched='step',
-        label_smoothing=0.),
+        opt='momentum',
+        lr=0.1,
+        weight_decay=1e-4,
+        decay_norms=True,
+        batch_size=64,
+        epochs=200,
+        sched='step',
+        label_smoothing=0.0,
+    ),
     'senetv2': dict(
-        opt='adam', lr=1e-3, weight_decay=0., decay_norms=False, batch_size=64, epochs=100, sched='none',
-        label_smoothing=0.),
+        opt='adam',
+        lr=1e-3,
+        weight_decay=0.0,
+        decay_norms=False,
+        batch_size=64,
+        epochs=100,
+        sched='none',
+        label_smoothing=0.0,
+    ),
     'modern': dict(
-        opt='sgd', lr=0.1, weight_decay=5e-4, decay_norms=False, batch_size=128, epochs=10, sched='cosine',
-        label_smoothing=0.1),
+        opt='sgd',
+        lr=0.1,
+        weight_decay=5e-4,
+        decay_norms=False,
+        batch_size=128,
+        epochs=10,
+        sched='cosine',
+        label_smoothing=0.1,
+    ),
 }
 
 
 RESULTS = (
-    'format', 'run', 'model', 'seed', 'accuracy', 'loss', 'best_accuracy', 'best_epoch', 'parameters', 'gmacs',
-    'seconds', 'images_per_second', 'data_wait_share', 'peak_memory_mib', *Settings.__dataclass_fields__,
-    'torch', 'timm', 'timm_senetv2', 'python', 'processor', 'command',
+    'format',
+    'run',
+    'model',
+    'seed',
+    'accuracy',
+    'loss',
+    'best_accuracy',
+    'best_epoch',
+    'parameters',
+    'gmacs',
+    'seconds',
+    'images_per_second',
+    'data_wait_share',
+    'peak_memory_mib',
+    *Settings.__dataclass_fields__,
+    'torch',
+    'timm',
+    'timm_senetv2',
+    'python',
+    'processor',
+    'command',
 )
 CURVES = ('format', 'run', 'model', 'seed', 'epoch', 'lr', 'train_loss', 'test_loss', 'accuracy')
 
@@ -92,26 +132,34 @@ def run_id(spec: ModelSpec, seed: int, settings: Settings) -> str:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument('--models', nargs='+', required=True, metavar='MODEL[:KEY=VALUE,...]', help='models to train')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0], metavar='N', help='seeds (default: 0)')
     parser.add_argument('--baseline', metavar='MODEL', help='model the others are compared with (default: the first)')
     parser.add_argument('--out', required=True, metavar='DIR', help='folder of the results')
-    parser.add_argument('--dataset', required=True, metavar='NAME|DIR',
-                        help='digits, fashion-mnist, cifar10, cifar100, or an image folder')
+    parser.add_argument(
+        '--dataset',
+        required=True,
+        metavar='NAME|DIR',
+        help='digits, fashion-mnist, cifar10, cifar100, or an image folder',
+    )
     parser.add_argument('--data-dir', metavar='DIR', help='where the data set is, or is downloaded to')
     parser.add_argument('--no-download', action='store_true', help='fail where the data set is not there')
     parser.add_argument('--limit', type=int, metavar='N', help='use only N training and N test images')
     parser.add_argument('--image-size', type=int, metavar='N', help="side of the input (default: the model's)")
-    parser.add_argument('--workers', type=int, default=4, metavar='N',
-                        help='processes that read an image folder (default: 4)')
-    parser.add_argument('--save-weights', action='store_true',
-                        help="write each run's final weights to OUT/weights as safetensors")
+    parser.add_argument(
+        '--workers', type=int, default=4, metavar='N', help='processes that read an image folder (default: 4)'
+    )
+    parser.add_argument(
+        '--save-weights', action='store_true', help="write each run's final weights to OUT/weights as safetensors"
+    )
     parser.add_argument('--keep-checkpoints', action='store_true', help='keep the checkpoints of finished runs')
 
     protocol = parser.add_argument_group('protocol')
-    protocol.add_argument('--protocol', default='modern', metavar='NAME',
-                          help=f'{", ".join(PROTOCOLS)} (default: modern)')
+    protocol.add_argument(
+        '--protocol', default='modern', metavar='NAME', help=f'{", ".join(PROTOCOLS)} (default: modern)'
+    )
     protocol.add_argument('--epochs', type=int, metavar='N')
     protocol.add_argument('--batch-size', type=int, metavar='N')
     protocol.add_argument('--opt', metavar='NAME', help="an optimizer of timm's")
@@ -119,17 +167,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     protocol.add_argument('--weight-decay', type=float, metavar='X')
     protocol.add_argument('--sched', choices=('cosine', 'step', 'none'))
     protocol.add_argument('--label-smoothing', type=float, metavar='X')
-    protocol.add_argument('--crop-padding', type=int, default=4, metavar='N',
-                          help='pixels of black around an image before the random crop (default: 4)')
-    protocol.add_argument('--hflip', action=argparse.BooleanOptionalAction, default=None,
-                          help='horizontal flip (default: on, for digits off)')
-    protocol.add_argument('--ema-decay', type=float, metavar='X',
-                          help='evaluate the moving average of the weights, with this decay')
+    protocol.add_argument(
+        '--crop-padding',
+        type=int,
+        default=4,
+        metavar='N',
+        help='pixels of black around an image before the random crop (default: 4)',
+    )
+    protocol.add_argument(
+        '--hflip',
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help='horizontal flip (default: on, for digits off)',
+    )
+    protocol.add_argument(
+        '--ema-decay', type=float, metavar='X', help='evaluate the moving average of the weights, with this decay'
+    )
 
     machine = parser.add_argument_group('machine')
     machine.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', choices=('cpu', 'cuda'))
-    machine.add_argument('--amp', nargs='?', const='bfloat16', choices=('bfloat16', 'float16'),
-                         help='mixed precision (bfloat16 unless float16 is named)')
+    machine.add_argument(
+        '--amp',
+        nargs='?',
+        const='bfloat16',
+        choices=('bfloat16', 'float16'),
+        help='mixed precision (bfloat16 unless float16 is named)',
+    )
     machine.add_argument('--channels-last', action='store_true', help='channels-last memory format')
     machine.add_argument('--compile', action='store_true', help='torch.compile the model')
     return parser.parse_args(argv)
@@ -145,13 +208,17 @@ def settings_of(args: argparse.Namespace) -> Settings:
         for key, value in PROTOCOLS[args.protocol].items()
     }
     for name, value, least in (
-            ('--epochs', protocol['epochs'], 1), ('--batch-size', protocol['batch_size'], 2),
-            ('--image-size', args.image_size, 1), ('--crop-padding', args.crop_padding, 0),
-            ('--workers', args.workers, 0), ('--weight-decay', protocol['weight_decay'], 0),
-            ('--seeds', min(args.seeds), 0)):
+        ('--epochs', protocol['epochs'], 1),
+        ('--batch-size', protocol['batch_size'], 2),
+        ('--image-size', args.image_size, 1),
+        ('--crop-padding', args.crop_padding, 0),
+        ('--workers', args.workers, 0),
+        ('--weight-decay', protocol['weight_decay'], 0),
+        ('--seeds', min(args.seeds), 0),
+    ):
         if value is not None and not value >= least:
             raise UserError(f'{name} must be at least {least}, got {value}')
-    if max(args.seeds) >= 2 ** 63:
+    if max(args.seeds) >= 2**63:
         raise UserError(f'--seeds must be below 2**63, got {max(args.seeds)}')
     if protocol['opt'] not in list_optimizers():
         raise UserError(f'unknown optimizer {protocol["opt"]!r}{did_you_mean(protocol["opt"], list_optimizers())}')
@@ -161,7 +228,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         raise UserError('--weight-decay must be finite')
     if not args.out:
         raise UserError('--out needs the name of a folder')
-    for name, value in (('--label-smoothing', protocol['label_smoothing']), ('--ema-decay', args.ema_decay or 0.)):
+    for name, value in (('--label-smoothing', protocol['label_smoothing']), ('--ema-decay', args.ema_decay or 0.0)):
         if not 0 <= value < 1:
             raise UserError(f'{name} must be in 0 to 1, below 1, got {value}')
     return Settings(
@@ -220,8 +287,10 @@ def main(argv: list[str] | None = None) -> None:
                     finish(out, name, spec, seed, settings, model, history, profiles[spec], command, args.save_weights)
                 if not args.keep_checkpoints:
                     shutil.rmtree(run_dir)
-            tqdm.write(f'{spec} seed {seed}: accuracy {history[-1]["accuracy"]:.2f} % after {settings.epochs} epochs, '
-                       f'best {max(row["accuracy"] for row in history):.2f} %')
+            tqdm.write(
+                f'{spec} seed {seed}: accuracy {history[-1]["accuracy"]:.2f} % after {settings.epochs} epochs, '
+                f'best {max(row["accuracy"] for row in history):.2f} %'
+            )
     with files_of(out):
         print(report(out, settings, baseline))
 
@@ -257,16 +326,16 @@ def files_of(out: Path) -> FileLock:
 
 
 def finish(
-        out: Path,
-        name: str,
-        spec: ModelSpec,
-        seed: int,
-        settings: Settings,
-        model: torch.nn.Module,
-        history: list[dict[str, float]],
-        costs: Profile,
-        command: str,
-        save_weights: bool,
+    out: Path,
+    name: str,
+    spec: ModelSpec,
+    seed: int,
+    settings: Settings,
+    model: torch.nn.Module,
+    history: list[dict[str, float]],
+    costs: Profile,
+    command: str,
+    save_weights: bool,
 ) -> None:
     """Add a finished run to the files in `out`, results.csv last, since a run listed there is never run again."""
     if save_weights:
@@ -276,8 +345,14 @@ def finish(
     columns = dict(format=FORMAT, run=name, model=str(spec), seed=seed)
     curves = [row for row in read_csv(out / 'curves.csv', CURVES) if row['run'] != name]
     curves += [
-        {**columns, 'epoch': int(row['epoch']) + 1, 'lr': f'{row["lr"]:.6g}', 'accuracy': f'{row["accuracy"]:.4f}',
-         'train_loss': f'{row["train_loss"]:.6f}', 'test_loss': f'{row["test_loss"]:.6f}'}
+        {
+            **columns,
+            'epoch': int(row['epoch']) + 1,
+            'lr': f'{row["lr"]:.6g}',
+            'accuracy': f'{row["accuracy"]:.4f}',
+            'train_loss': f'{row["train_loss"]:.6f}',
+            'test_loss': f'{row["test_loss"]:.6f}',
+        }
         for row in history
     ]
     write_csv(out / 'curves.csv', CURVES, curves)

@@ -8,6 +8,7 @@ The script is taken from the first of these: --timm-repo or $TIMM_REPO; the copy
 torch.hub's cache; GitHub, by torch.hub, into that cache. `timm` itself stays the installed one. All arguments but the
 ones below go to timm's script untouched.
 """
+
 import argparse
 import contextlib
 import os
@@ -72,7 +73,8 @@ def find_script(name: str, timm_repo: str | None) -> Path:
         checkout = Path(timm_repo).expanduser().resolve()
         if not (checkout / f'{name}.py').is_file():
             raise UserError(
-                f'{checkout} has no {name}.py; --timm-repo and $TIMM_REPO name a checkout of https://github.com/{REPO}')
+                f'{checkout} has no {name}.py; --timm-repo and $TIMM_REPO name a checkout of https://github.com/{REPO}'
+            )
     else:
         checkout = cached_checkout()
         if not checkout.is_dir():
@@ -96,14 +98,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage='%(prog)s [--script NAME] [--timm-repo DIR] [--timm-help] [ARGS of timm\'s script ...]',
+        usage="%(prog)s [--script NAME] [--timm-repo DIR] [--timm-help] [ARGS of timm's script ...]",
         allow_abbrev=False,
     )
-    parser.add_argument('--script', choices=SCRIPTS, default='train', help='which of timm\'s scripts (default: train)')
+    parser.add_argument('--script', choices=SCRIPTS, default='train', help="which of timm's scripts (default: train)")
     parser.add_argument(
-        '--timm-repo', metavar='DIR', default=os.environ.get('TIMM_REPO'),
-        help='a checkout of timm\'s repository, best of the installed version (default: $TIMM_REPO)')
-    parser.add_argument('--timm-help', action='store_true', help='show the options of timm\'s script instead of these')
+        '--timm-repo',
+        metavar='DIR',
+        default=os.environ.get('TIMM_REPO'),
+        help="a checkout of timm's repository, best of the installed version (default: $TIMM_REPO)",
+    )
+    parser.add_argument('--timm-help', action='store_true', help="show the options of timm's script instead of these")
     args, timm_args = parser.parse_known_args()
 
     script = find_script(args.script, args.timm_repo)

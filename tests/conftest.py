@@ -1,4 +1,5 @@
 """What all tests share: a fixed seed, and a Hub on loopback."""
+
 import sys
 from collections.abc import Iterator
 

@@ -4,6 +4,7 @@ Repositories live in memory. A commit is a map from path to content, so it is th
 Large files go through LFS: uploaded by PUT, and served from another host name (localhost instead of 127.0.0.1), as the
 Hub serves them from its CDN; a client must not send its token there, and `token_leaks` lists where one did.
 """
+
 import base64
 import hashlib
 import json
@@ -21,6 +22,7 @@ LFS_SUFFIXES = ('.safetensors', '.bin', '.pth', '.pt')
 @dataclass(frozen=True)
 class File:
     """Content of one file of a commit."""
+
     content: bytes
     lfs: bool
 
@@ -35,6 +37,7 @@ class File:
 @dataclass
 class Repo:
     """A repository: commits by id, and the branches and pull requests that point at them."""
+
     repo_type: str
     private: bool
     commits: dict[str, dict[str, File]] = field(default_factory=dict)
@@ -69,6 +72,7 @@ class Fault:
     edit: reply with the edited body in place of the right one, under the right headers.
     cut: promise the whole body, send half of it, close the connection.
     """
+
     method: str
     path: str
     times: int = 1
@@ -86,6 +90,7 @@ class HubServer:
     Args:
         tokens: Token to its role, 'write' or 'read'. All belong to the user `user`.
     """
+
     user = 'me'
 
     def __init__(self, tokens: dict[str, str] | None = None) -> None:
@@ -120,11 +125,11 @@ class HubServer:
         return self.repos['model', repo_id]
 
     def add_repo(
-            self,
-            repo_id: str,
-            files: dict[str, bytes] | None = None,
-            repo_type: str = 'model',
-            private: bool = False,
+        self,
+        repo_id: str,
+        files: dict[str, bytes] | None = None,
+        repo_type: str = 'model',
+        private: bool = False,
     ) -> Repo:
         """Create a repository as the Hub does, with .gitattributes in its first commit, and a second with `files`."""
         repo = self.repos[repo_type, repo_id] = Repo(repo_type, private)
@@ -197,10 +202,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.query = parse_qs(parts.query)
         with self.hub.lock:
             self.hub.requests.append((self.command, parts.path))
-            fault = next((
-                f for f in self.hub.faults
-                if f.hits < f.times and f.method == self.command and re.search(f.path, parts.path)
-            ), None)
+            fault = next(
+                (
+                    f
+                    for f in self.hub.faults
+                    if f.hits < f.times and f.method == self.command and re.search(f.path, parts.path)
+                ),
+                None,
+            )
             if fault is not None:
                 fault.hits += 1
         if fault is not None and fault.drop in ('before', 'during'):
@@ -228,7 +237,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != 'HEAD':
             cut = fault is not None and fault.cut
-            self.wfile.write(body[:len(body) // 2] if cut else body)
+            self.wfile.write(body[: len(body) // 2] if cut else body)
             if cut:
                 self._close()
 
@@ -306,7 +315,7 @@ class _Handler(BaseHTTPRequestHandler):
         wanted = json.loads(self.body)
         owner = wanted.get('organization') or self.hub.user
         if owner != self.hub.user:
-            raise _error(403, f"You don't have the rights to create a model under the namespace \"{owner}\"")
+            raise _error(403, f'You don\'t have the rights to create a model under the namespace "{owner}"')
         repo_id, repo_type = f'{owner}/{wanted["name"]}', wanted.get('type') or 'model'
         url = f'{self.hub.url}/{repo_id}'
         if any(known == repo_id for _, known in self.hub.repos):
@@ -326,10 +335,21 @@ class _Handler(BaseHTTPRequestHandler):
                 if file.lfs:
                     sibling['lfs'] = {'sha256': file.oid, 'size': len(file.content), 'pointerSize': 134}
             siblings.append(sibling)
-        return _Reply(200, {
-            '_id': sha[:24], 'id': repo, 'modelId': repo, 'sha': sha, 'private': found.private, 'siblings': siblings,
-            'tags': [], 'downloads': 0, 'likes': 0, 'createdAt': '2026-01-01T00:00:00.000Z',
-        })
+        return _Reply(
+            200,
+            {
+                '_id': sha[:24],
+                'id': repo,
+                'modelId': repo,
+                'sha': sha,
+                'private': found.private,
+                'siblings': siblings,
+                'tags': [],
+                'downloads': 0,
+                'likes': 0,
+                'createdAt': '2026-01-01T00:00:00.000Z',
+            },
+        )
 
     def _tree(self, repo: str, type: str, rev: str) -> _Reply:
         found = self._repo(repo, type)
@@ -345,7 +365,8 @@ class _Handler(BaseHTTPRequestHandler):
         found = self._repo(repo, type)
         branches = [
             {'name': name, 'ref': f'refs/heads/{name}', 'targetCommit': sha}
-            for name, sha in found.refs.items() if not name.startswith('refs/')
+            for name, sha in found.refs.items()
+            if not name.startswith('refs/')
         ]
         return _Reply(200, {'branches': branches, 'converts': [], 'tags': [], 'pullRequests': []})
 
@@ -361,9 +382,15 @@ class _Handler(BaseHTTPRequestHandler):
     def _discussions(self, repo: str, type: str) -> _Reply:
         found = self._repo(repo, type)
         listed = [] if int(self.query.get('p', ['0'])[0]) else found.pull_requests
-        return _Reply(200, {
-            'discussions': listed, 'count': len(found.pull_requests), 'start': 0, 'numClosedDiscussions': 0,
-        })
+        return _Reply(
+            200,
+            {
+                'discussions': listed,
+                'count': len(found.pull_requests),
+                'start': 0,
+                'numClosedDiscussions': 0,
+            },
+        )
 
     # Uploading
 
@@ -432,11 +459,18 @@ class _Handler(BaseHTTPRequestHandler):
         answer = {'success': True}
         if self.query.get('create_pr') == ['1']:
             number = len(found.pull_requests) + 1
-            found.pull_requests.insert(0, {
-                'num': number, 'title': title, 'status': 'open', 'isPullRequest': True,
-                'author': {'name': self.hub.user}, 'repo': {'name': repo, 'type': type},
-                'createdAt': '2026-01-01T00:00:00.000Z',
-            })
+            found.pull_requests.insert(
+                0,
+                {
+                    'num': number,
+                    'title': title,
+                    'status': 'open',
+                    'isPullRequest': True,
+                    'author': {'name': self.hub.user},
+                    'repo': {'name': repo, 'type': type},
+                    'createdAt': '2026-01-01T00:00:00.000Z',
+                },
+            )
             rev = f'refs/pr/{number}'
             answer['pullRequestUrl'] = f'{self.hub.url}/{repo}/discussions/{number}'
         sha = found.commit(files, rev, head)
@@ -455,10 +489,13 @@ class _Handler(BaseHTTPRequestHandler):
             raise reply
         headers = {'X-Repo-Commit': sha, 'ETag': f'"{file.oid}"'}
         if file.lfs:
-            headers.update({
-                'X-Linked-ETag': f'"{file.oid}"', 'X-Linked-Size': str(len(file.content)),
-                'Location': f'http://localhost:{self.hub.port}/cdn/{file.oid}',
-            })
+            headers.update(
+                {
+                    'X-Linked-ETag': f'"{file.oid}"',
+                    'X-Linked-Size': str(len(file.content)),
+                    'Location': f'http://localhost:{self.hub.port}/cdn/{file.oid}',
+                }
+            )
             return _Reply(302, b'', headers)
         return self._content(file.content, headers)
 

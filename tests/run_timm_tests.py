@@ -7,6 +7,7 @@ and `pytest_collection_modifyitems`.
 Left out, unless --pretrained is given: test_model_load_pretrained and test_model_features_pretrained, which download
 the weights of every pretrained tag.
 """
+
 import argparse
 import os
 import shutil
@@ -21,8 +22,15 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / 'build' / 'timm-tests'
 # Every family and each kind of trunk once, all of them quick on a CPU
 FAST = (
-    'small_cnn', 'small_secnn', 'small_saecnn', 'cifar_resnet20', 'cifar_seresnet20', 'senetv2_resnet20', 'seanet20',
-    'senetv2_resnet18', 'senextv2_26t_32x4d',
+    'small_cnn',
+    'small_secnn',
+    'small_saecnn',
+    'cifar_resnet20',
+    'cifar_seresnet20',
+    'senetv2_resnet20',
+    'seanet20',
+    'senetv2_resnet18',
+    'senextv2_26t_32x4d',
 )
 NEED_NETWORK = ('test_model_load_pretrained', 'test_model_features_pretrained')
 
@@ -36,10 +44,22 @@ def fetch() -> Path:
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
         print(f'Downloading the source distribution of timm {timm_version}', flush=True)
-        pip = subprocess.run([
-            sys.executable, '-m', 'pip', 'download', '--quiet', '--disable-pip-version-check', '--no-deps',
-            '--no-binary', 'timm', '--dest', temporary, f'timm=={timm_version}',
-        ])
+        pip = subprocess.run(
+            [
+                sys.executable,
+                '-m',
+                'pip',
+                'download',
+                '--quiet',
+                '--disable-pip-version-check',
+                '--no-deps',
+                '--no-binary',
+                'timm',
+                '--dest',
+                temporary,
+                f'timm=={timm_version}',
+            ]
+        )
         sdists = list(Path(temporary).glob('timm-*.tar.gz'))
         if pip.returncode != 0 or len(sdists) != 1:
             sys.exit(f'error: pip could not download the source distribution of timm {timm_version}, see above')
@@ -53,7 +73,8 @@ def fetch() -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog='All other arguments go to pytest: -k, -x, --durations=20, …',
     )
     which = parser.add_mutually_exclusive_group()
@@ -80,11 +101,28 @@ def main() -> int:
         TIMM_TESTS_PRETRAINED='1' if args.pretrained else '',
     )
     # Whether a model is right does not depend on the speed of this machine: no time limits
-    return subprocess.run([
-        sys.executable, '-m', 'pytest', '-p', Path(__file__).stem, '-p', 'no:timeout', '-p', 'no:cacheprovider',
-        '-c', 'pyproject.toml', '-W', 'ignore::pytest.PytestUnknownMarkWarning', '-q',
-        'tests/test_models.py', *pytest_args,
-    ], cwd=folder, env=environment).returncode
+    return subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'pytest',
+            '-p',
+            Path(__file__).stem,
+            '-p',
+            'no:timeout',
+            '-p',
+            'no:cacheprovider',
+            '-c',
+            'pyproject.toml',
+            '-W',
+            'ignore::pytest.PytestUnknownMarkWarning',
+            '-q',
+            'tests/test_models.py',
+            *pytest_args,
+        ],
+        cwd=folder,
+        env=environment,
+    ).returncode
 
 
 # ---- the plugin

@@ -1,4 +1,5 @@
 """scripts/benchmark.py: a small real measurement, and its arithmetic."""
+
 import csv
 import statistics
 from pathlib import Path
@@ -16,10 +17,24 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def test_measurement_of_small_models(tmp_path):
-    benchmark.main([
-        '--models', *MODELS, '--baseline', *MODELS[:2], '--batch', '2', '--size', '32', '--rounds', '3',
-        '--out', str(tmp_path), '--name', 'trial',
-    ])
+    benchmark.main(
+        [
+            '--models',
+            *MODELS,
+            '--baseline',
+            *MODELS[:2],
+            '--batch',
+            '2',
+            '--size',
+            '32',
+            '--rounds',
+            '3',
+            '--out',
+            str(tmp_path),
+            '--name',
+            'trial',
+        ]
+    )
     rows, rounds = read(tmp_path / 'benchmark_trial.csv'), read(tmp_path / 'benchmark_trial_rounds.csv')
     assert tuple(rows[0]) == benchmark.COLUMNS
     assert [(row['contestant'], row['baseline']) for row in rows] == [(m, b) for m in MODELS for b in MODELS[:2]]
@@ -37,7 +52,8 @@ def test_measurement_of_small_models(tmp_path):
     assert all(f'| {m} |' in text for m in MODELS)
     assert (tmp_path / 'benchmark_trial.png').read_bytes().startswith(b'\x89PNG')
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        f'benchmark_trial{end}' for end in ('.csv', '.md', '.png', '_rounds.csv')]
+        f'benchmark_trial{end}' for end in ('.csv', '.md', '.png', '_rounds.csv')
+    ]
 
 
 def test_ratios_are_paired_by_round():
@@ -51,7 +67,8 @@ def test_ratios_are_paired_by_round():
 def test_every_contestant_runs_in_every_round_in_a_turning_order():
     order = []
     contestants = {
-        name: benchmark.Contestant(lambda name=name: order.append(name) or 1.0, timed_by_step=True) for name in 'abc'}
+        name: benchmark.Contestant(lambda name=name: order.append(name) or 1.0, timed_by_step=True) for name in 'abc'
+    }
     times = benchmark.measure(contestants, 3, 'cpu', '')
     assert ''.join(order[-9:]) == 'abcbcacab'
     assert times == {'a': [1.0] * 3, 'b': [1.0] * 3, 'c': [1.0] * 3}
@@ -59,7 +76,7 @@ def test_every_contestant_runs_in_every_round_in_a_turning_order():
 
 def test_peak_memory_on_cpu():
     """Of three buffers of 4 MiB two live at once, the first being freed in time, beside a state of 1 MiB."""
-    mib = 2 ** 20
+    mib = 2**20
 
     def step() -> None:
         a = torch.ones(mib)
@@ -94,8 +111,8 @@ def test_four_branch_layer_computes_sae():
     four, ours = benchmark.FourBranchSaE(64), benchmark.SqueezeAggregatedExcitation(64)
     with torch.no_grad():
         for k, branch in enumerate(four.branches):
-            ours.fc1.weight[2 * k:2 * k + 2] = branch[0].weight
-            ours.fc1.bias[2 * k:2 * k + 2] = branch[0].bias
+            ours.fc1.weight[2 * k : 2 * k + 2] = branch[0].weight
+            ours.fc1.bias[2 * k : 2 * k + 2] = branch[0].bias
         ours.fc2.load_state_dict(four.excite[0].state_dict())
     x = torch.randn(2, 64, 5, 5)
     torch.testing.assert_close(ours(x), four(x))
@@ -119,18 +136,24 @@ def test_target_line_says_met_missed_or_not_measured():
     assert target.line([row | dict(ratio='1.0299')]).endswith('| 1.03 | no |')
 
 
-@pytest.mark.parametrize('arguments, message', [
-    (['--models', 'resnet5'], "unknown model 'resnet5'"),
-    (['--models', 'senetv2_resnet20:fast'], "unknown variant 'fast'"),
-    (['--models', 'cifar_resnet20:four-branch'], 'no SaE blocks'),
-    (['--models', 'small_cnn', '--baseline', 'resnet50'], "baseline 'resnet50' is not among the models"),
-    (['--models', 'senetv2_resnet20:reparameterized', '--train'], 'no norms left to train'),
-    (['--rounds', '0'], 'not a whole number above zero'),
-    (['--dtype', 'int8'], 'invalid choice'),
-    pytest.param(['--device', 'cuda'], 'no CUDA device', marks=pytest.mark.skipif(
-        torch.cuda.is_available(), reason='there is a CUDA device here')),
-    (['--models', 'small_cnn', '--out', 'taken'], 'cannot write to'),
-])
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['--models', 'resnet5'], "unknown model 'resnet5'"),
+        (['--models', 'senetv2_resnet20:fast'], "unknown variant 'fast'"),
+        (['--models', 'cifar_resnet20:four-branch'], 'no SaE blocks'),
+        (['--models', 'small_cnn', '--baseline', 'resnet50'], "baseline 'resnet50' is not among the models"),
+        (['--models', 'senetv2_resnet20:reparameterized', '--train'], 'no norms left to train'),
+        (['--rounds', '0'], 'not a whole number above zero'),
+        (['--dtype', 'int8'], 'invalid choice'),
+        pytest.param(
+            ['--device', 'cuda'],
+            'no CUDA device',
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason='there is a CUDA device here'),
+        ),
+        (['--models', 'small_cnn', '--out', 'taken'], 'cannot write to'),
+    ],
+)
 def test_bad_input_costs_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'taken').touch()
@@ -150,16 +173,20 @@ def test_import_cost_is_measured_in_fresh_interpreters():
         benchmark.import_contestant('json', plugin=True).step()
 
 
-
 def test_suite_writes_targets_and_a_table_an_experiment(tmp_path, monkeypatch):
     setting = benchmark.Setting(batch=2)
-    monkeypatch.setattr(benchmark, 'suite', lambda device, quick: [
-        benchmark.sae_experiment(2048, 7, benchmark.CPU, 3),
-        benchmark.aggregation_experiment(128, 8, setting, 3, backward=False),
-        benchmark.aggregation_experiment(128, 8, setting, 3, backward=True),
-        benchmark.models_experiment(
-            ['small_cnn', 'small_saecnn'], ['small_cnn'], benchmark.Setting(batch=2, size=32, training=True), 3),
-    ])
+    monkeypatch.setattr(
+        benchmark,
+        'suite',
+        lambda device, quick: [
+            benchmark.sae_experiment(2048, 7, benchmark.CPU, 3),
+            benchmark.aggregation_experiment(128, 8, setting, 3, backward=False),
+            benchmark.aggregation_experiment(128, 8, setting, 3, backward=True),
+            benchmark.models_experiment(
+                ['small_cnn', 'small_saecnn'], ['small_cnn'], benchmark.Setting(batch=2, size=32, training=True), 3
+            ),
+        ],
+    )
     benchmark.main(['--suite', '--out', str(tmp_path)])
     text = (tmp_path / 'benchmark_cpu.md').read_text()
     assert text.count('\n**') == 4
@@ -167,7 +194,13 @@ def test_suite_writes_targets_and_a_table_an_experiment(tmp_path, monkeypatch):
     assert len(lines) == 2 and 'not measured' not in lines[0] and 'not measured' in lines[1]
     rows = read(tmp_path / 'benchmark_cpu.csv')
     assert {row['contestant'] for row in rows} == {
-        'SaE', 'four-branch SaE', 'clone', 'aggregation', 'small_cnn', 'small_saecnn'}
+        'SaE',
+        'four-branch SaE',
+        'clone',
+        'aggregation',
+        'small_cnn',
+        'small_saecnn',
+    }
     assert all(float(row['peak_ratio']) > 0 for row in rows if row['contestant'].startswith('small'))
 
 
@@ -177,7 +210,7 @@ def test_imports_alone_are_measured_against_their_budget(tmp_path):
     assert [row['experiment'] for row in rows] == ['import torch'] * 3 + ['import timm'] * 3
     text = (tmp_path / 'benchmark_imports.md').read_text()
     for module, budget, i in ('torch', 5, 0), ('timm', 60, 3):
-        _, whole, alone = rows[i:i + 3]
+        _, whole, alone = rows[i : i + 3]
         assert f'| import {module}, added ms, difference of whole imports | ≤ {budget} | ' in text
         assert f'{float(whole["difference_ms"]):.3g} |' in text
         assert f'| import {module}, added ms, registration alone | ≤ {budget} | {float(alone["ms"]):.3g} |' in text

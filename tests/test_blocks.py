@@ -1,4 +1,5 @@
 """Every path through the blocks against timm's plain block with the paper's layer as a step of its own."""
+
 import copy
 from functools import partial
 
@@ -157,14 +158,18 @@ class ActNorm(nn.BatchNorm2d):
         return super().forward(x).relu()
 
 
-@pytest.mark.parametrize('replace', [
-    lambda b: setattr(b, 'conv3', NoisyConv(PLANES, WIDTH, 1).double()),
-    lambda b: setattr(b, 'conv3', nn.Conv2d(PLANES, WIDTH, 3, padding=1).double()),
-    lambda b: setattr(b, 'bn3', ActNorm(WIDTH).double()),
-    lambda b: setattr(b, 'bn3', nn.BatchNorm2d(WIDTH, track_running_stats=False).double()),
-    lambda b: setattr(b, 'bn3', nn.GroupNorm(4, WIDTH).double()),
-    lambda b: setattr(b, 'bn3', nn.InstanceNorm2d(WIDTH).double()),
-], ids=['conv subclass', '3x3 conv', 'norm subclass', 'no running statistics', 'group norm', 'instance norm'])
+@pytest.mark.parametrize(
+    'replace',
+    [
+        lambda b: setattr(b, 'conv3', NoisyConv(PLANES, WIDTH, 1).double()),
+        lambda b: setattr(b, 'conv3', nn.Conv2d(PLANES, WIDTH, 3, padding=1).double()),
+        lambda b: setattr(b, 'bn3', ActNorm(WIDTH).double()),
+        lambda b: setattr(b, 'bn3', nn.BatchNorm2d(WIDTH, track_running_stats=False).double()),
+        lambda b: setattr(b, 'bn3', nn.GroupNorm(4, WIDTH).double()),
+        lambda b: setattr(b, 'bn3', nn.InstanceNorm2d(WIDTH).double()),
+    ],
+    ids=['conv subclass', '3x3 conv', 'norm subclass', 'no running statistics', 'group norm', 'instance norm'],
+)
 def test_where_it_does_not_hold_the_plain_path_runs(replace):
     block = build(SaEBottleneck, {})
     replace(block)
@@ -174,11 +179,15 @@ def test_where_it_does_not_hold_the_plain_path_runs(replace):
     assert_same(run(block, x), run(timm_twin(block), x), 1e-10)
 
 
-@pytest.mark.parametrize('norm', [
-    nn.BatchNorm2d(WIDTH, affine=False),
-    nn.SyncBatchNorm(WIDTH),
-    nn.Identity(),
-], ids=['no affine parameters', 'sync', 'identity'])
+@pytest.mark.parametrize(
+    'norm',
+    [
+        nn.BatchNorm2d(WIDTH, affine=False),
+        nn.SyncBatchNorm(WIDTH),
+        nn.Identity(),
+    ],
+    ids=['no affine parameters', 'sync', 'identity'],
+)
 def test_other_norms_it_holds_for(norm):
     block = build(SaEBottleneck, {})
     block.conv3 = nn.Conv2d(PLANES, WIDTH, 1, bias=True)  # as after reparameterize
@@ -208,12 +217,16 @@ def test_path_for_other_devices_gives_the_same(monkeypatch):
 
 
 @pytest.mark.parametrize('hooked_part', [None, 0, 1, 'all'])
-@pytest.mark.parametrize('downsample', [
-    downsample_conv(WIDTH, WIDTH, kernel_size=1, stride=2),
-    downsample_conv(WIDTH, WIDTH, kernel_size=3, stride=2),
-    downsample_avg(WIDTH, WIDTH, kernel_size=1, stride=2),
-    nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 1, stride=2, groups=2), ActNorm(WIDTH)),
-], ids=['conv', '3x3 conv', 'pool', 'norm subclass'])
+@pytest.mark.parametrize(
+    'downsample',
+    [
+        downsample_conv(WIDTH, WIDTH, kernel_size=1, stride=2),
+        downsample_conv(WIDTH, WIDTH, kernel_size=3, stride=2),
+        downsample_avg(WIDTH, WIDTH, kernel_size=1, stride=2),
+        nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 1, stride=2, groups=2), ActNorm(WIDTH)),
+    ],
+    ids=['conv', '3x3 conv', 'pool', 'norm subclass'],
+)
 @pytest.mark.parametrize('cls', BLOCKS)
 def test_shortcuts_norm_in_inference(cls, downsample, hooked_part):
     block = build(cls, dict(stride=2, downsample=lambda *args, **kwargs: copy.deepcopy(downsample))).eval()
@@ -364,8 +377,7 @@ def test_vmap_over_an_ensemble(cls):
     state = torch.func.stack_module_state(members)
     x = images()
     with torch.no_grad():
-        out = torch.vmap(
-            lambda state: torch.func.functional_call(members[0], state, (x,)))(state)
+        out = torch.vmap(lambda state: torch.func.functional_call(members[0], state, (x,)))(state)
         for i, member in enumerate(members):
             torch.testing.assert_close(out[i], timm_twin(member)(x), rtol=1e-10, atol=1e-10)
 
@@ -378,7 +390,7 @@ def test_second_derivatives(cls, training):
     x = images(2).requires_grad_()
 
     def penalty(block: nn.Module) -> torch.Tensor:
-        gradient, = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
+        (gradient,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
         return torch.autograd.grad(gradient.square().sum(), x)[0]
 
     torch.testing.assert_close(penalty(block), penalty(timm_twin(block)), rtol=1e-9, atol=1e-9)
@@ -404,10 +416,19 @@ def hooked(norm: nn.Module) -> nn.Module:
     return norm
 
 
-@pytest.mark.parametrize('norm', [
-    ActNorm(WIDTH), nn.BatchNorm2d(WIDTH, affine=False), nn.BatchNorm2d(WIDTH, track_running_stats=False),
-    nn.BatchNorm2d(WIDTH, momentum=None), nn.GroupNorm(4, WIDTH), nn.Identity(), hooked(nn.BatchNorm2d(WIDTH)),
-], ids=['subclass', 'not affine', 'no statistics', 'no momentum', 'group norm', 'identity', 'hooked'])
+@pytest.mark.parametrize(
+    'norm',
+    [
+        ActNorm(WIDTH),
+        nn.BatchNorm2d(WIDTH, affine=False),
+        nn.BatchNorm2d(WIDTH, track_running_stats=False),
+        nn.BatchNorm2d(WIDTH, momentum=None),
+        nn.GroupNorm(4, WIDTH),
+        nn.Identity(),
+        hooked(nn.BatchNorm2d(WIDTH)),
+    ],
+    ids=['subclass', 'not affine', 'no statistics', 'no momentum', 'group norm', 'identity', 'hooked'],
+)
 @pytest.mark.parametrize('cls', BLOCKS)
 def test_training_with_other_norms(cls, norm):
     block = build(cls, {})
@@ -481,14 +502,16 @@ def test_training_with_torch_func(cls):
                 parameters, buffers = state(model)
                 parameters = {
                     name: forward_ad.make_dual(p, torch.ones_like(p)) if name.startswith(part) else p
-                    for name, p in parameters.items()}
+                    for name, p in parameters.items()
+                }
                 tangents.append(forward_ad.unpack_dual(loss(model, parameters, buffers, x)).tangent)
             check(*tangents)
 
     others = block, build(cls, CASES['stride']).train()
     got = torch.vmap(torch.func.grad(partial(loss, block)), (0, 0, None))(*torch.func.stack_module_state(others), x)
     want = torch.vmap(torch.func.grad(partial(loss, twin)), (0, 0, None))(
-        *torch.func.stack_module_state([timm_twin(m) for m in others]), x)
+        *torch.func.stack_module_state([timm_twin(m) for m in others]), x
+    )
     check({k: v.detach() for k, v in got.items()}, named_as_ours(want))
 
 

@@ -1,4 +1,5 @@
 """`lift` on live timm models. Foreign files: test_convert_checkpoint.py. The lift while loading: test_pretrained.py."""
+
 import copy
 
 import pytest
@@ -21,15 +22,18 @@ def sae_layers(model: nn.Module) -> list[SqueezeAggregatedExcitation]:
     return [m for m in model.modules() if isinstance(m, SqueezeAggregatedExcitation)]
 
 
-@pytest.mark.parametrize('name', [
-    'seresnet18',
-    'legacy_seresnet18',
-    'regnety_002',
-    'mobilenetv3_small_050',  # hard-sigmoid gate
-    'efficientnet_b0',  # SiLU, and more channels than SE's hidden units say
-    'ghostnet_050',
-    'lcnet_050',
-])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'seresnet18',
+        'legacy_seresnet18',
+        'regnety_002',
+        'mobilenetv3_small_050',  # hard-sigmoid gate
+        'efficientnet_b0',  # SiLU, and more channels than SE's hidden units say
+        'ghostnet_050',
+        'lcnet_050',
+    ],
+)
 def test_lifted_model_computes_the_same(name):
     x = images(8)
     source = randomize(timm.create_model(name), x)
@@ -59,12 +63,15 @@ def test_lift_of_a_feature_extractor():
         torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize('se', [
-    SEModule(40),
-    SEModule(40, bias=False),
-    SEModule(40, rd_channels=64, act_layer=nn.GELU, gate_layer=nn.Tanh),
-    SqueezeExcite(40, rd_channels=3, act_layer=nn.SiLU, gate_layer='hard_sigmoid'),
-])
+@pytest.mark.parametrize(
+    'se',
+    [
+        SEModule(40),
+        SEModule(40, bias=False),
+        SEModule(40, rd_channels=64, act_layer=nn.GELU, gate_layer=nn.Tanh),
+        SqueezeExcite(40, rd_channels=3, act_layer=nn.SiLU, gate_layer='hard_sigmoid'),
+    ],
+)
 def test_single_layer_computes_the_same(se):
     se.double()
     x = torch.randn(3, 40, 4, 5, dtype=torch.float64)
@@ -73,14 +80,17 @@ def test_single_layer_computes_the_same(se):
     torch.testing.assert_close(layer(x), se(x), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(('channels', 'hidden', 'options', 'rd_channels'), [
-    (256, 16, {}, 8),  # reduction 32, cardinality 4
-    (256, 64, {}, 16),  # SE has more than 4 branches of 8: they grow
-    (256, 65, {}, 17),
-    (256, 64, dict(cardinality=8), 8),
-    (256, 64, dict(reduction=8), 32),
-    (16, 1, {}, 1),
-])
+@pytest.mark.parametrize(
+    ('channels', 'hidden', 'options', 'rd_channels'),
+    [
+        (256, 16, {}, 8),  # reduction 32, cardinality 4
+        (256, 64, {}, 16),  # SE has more than 4 branches of 8: they grow
+        (256, 65, {}, 17),
+        (256, 64, dict(cardinality=8), 8),
+        (256, 64, dict(reduction=8), 32),
+        (16, 1, {}, 1),
+    ],
+)
 def test_sizes_are_the_papers_or_as_many_as_the_source_needs(channels, hidden, options, rd_channels):
     layer = lift(SEModule(channels, rd_channels=hidden), **options)
     assert (layer.cardinality, layer.rd_channels) == (options.get('cardinality', 4), rd_channels)
@@ -114,7 +124,7 @@ def test_one_training_step_changes_the_new_capacity():
     assert not before.fc2.weight[:, 4:].any()
     x = torch.randn(64, 32, 1, 1)
     nn.functional.cross_entropy(model(x), torch.arange(64) % 5).backward()
-    torch.optim.SGD(model.parameters(), lr=1.).step()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
     assert model[0].fc2.weight[:, 4:].any(0).all()
 
 
@@ -122,13 +132,16 @@ class OwnSE(SEModule):
     pass
 
 
-@pytest.mark.parametrize(('model', 'reason'), [
-    (lambda: timm.create_model('rexnet_100'), r'^features\.3\.se \(SEModule\) .* a BatchNorm2d between its dense'),
-    (lambda: timm.create_model('ese_vovnet19b_slim'), r'\(EffectiveSEModule\) .* one dense layer where SE has two'),
-    (lambda: nn.Sequential(SEModule(16), SEModule(16, add_maxpool=True)), r'^1 \(SEModule\) .* the maximum'),
-    (lambda: nn.Sequential(SEModule(16), OwnSE(16)), r"^1 \(OwnSE\) .* not timm's own"),
-    (lambda: timm.create_model('resnet18'), r'^ResNet holds no SEModule or SqueezeExcite'),
-])
+@pytest.mark.parametrize(
+    ('model', 'reason'),
+    [
+        (lambda: timm.create_model('rexnet_100'), r'^features\.3\.se \(SEModule\) .* a BatchNorm2d between its dense'),
+        (lambda: timm.create_model('ese_vovnet19b_slim'), r'\(EffectiveSEModule\) .* one dense layer where SE has two'),
+        (lambda: nn.Sequential(SEModule(16), SEModule(16, add_maxpool=True)), r'^1 \(SEModule\) .* the maximum'),
+        (lambda: nn.Sequential(SEModule(16), OwnSE(16)), r"^1 \(OwnSE\) .* not timm's own"),
+        (lambda: timm.create_model('resnet18'), r'^ResNet holds no SEModule or SqueezeExcite'),
+    ],
+)
 def test_unusual_attention_is_refused_and_the_model_unchanged(model, reason):
     with torch.device('meta'):
         model = model()

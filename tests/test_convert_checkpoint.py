@@ -1,4 +1,5 @@
 """Checkpoints of the SEANet authors and of unofficial SaE ports, against plain-torch constructions of both."""
+
 import argparse
 import subprocess
 import sys
@@ -31,11 +32,13 @@ class Done(NamedTuple):
 @pytest.fixture
 def convert(monkeypatch, capsys) -> Callable[..., Done]:
     """Run the script in this process: torch and timm are imported already."""
+
     def call(*args) -> Done:
         monkeypatch.setattr(sys, 'argv', [str(SCRIPT), *map(str, args)])
         with pytest.raises(SystemExit) as done:
             run(convert_checkpoint.main)
         return Done(done.value.code or 0, *capsys.readouterr())
+
     return call
 
 
@@ -86,8 +89,7 @@ class Block(nn.Module):
         self.attribute = attribute
         self.add_module(attribute, attention)
         if inplanes != planes:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(inplanes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
+            self.downsample = nn.Sequential(nn.Conv2d(inplanes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
 
     def forward(self, x):
         residual = self.downsample(x) if hasattr(self, 'downsample') else x
@@ -104,8 +106,10 @@ class ResNet20(nn.Module):
         self.bn1 = nn.BatchNorm2d(16)
         inplanes = 16
         for i, width in enumerate(widths):
-            blocks = [Block(width if j else inplanes, width, 2 if i and not j else 1, attention(width), attribute)
-                      for j in range(3)]
+            blocks = [
+                Block(width if j else inplanes, width, 2 if i and not j else 1, attention(width), attribute)
+                for j in range(3)
+            ]
             self.add_module(f'layer{i + 1}', nn.Sequential(*blocks))
             inplanes = width // 4 if aggregate else width
         self.fc = nn.Linear(inplanes, classes)
@@ -143,12 +147,16 @@ def authors_file(path: Path, model: nn.Module, layout: str, optimizer: bool = Tr
     return path
 
 
-@pytest.mark.parametrize(('layout', 'classes', 'parameters', 'optimizer', 'legacy'), [
-    ('cifar10', 10, '16,188,330', True, True),
-    ('cifar100', 100, '16,199,940', False, False),
-])
+@pytest.mark.parametrize(
+    ('layout', 'classes', 'parameters', 'optimizer', 'legacy'),
+    [
+        ('cifar10', 10, '16,188,330', True, True),
+        ('cifar100', 100, '16,199,940', False, False),
+    ],
+)
 def test_authors_file_becomes_a_directory_with_the_same_logits(
-        tmp_path, convert, seanet, layout, classes, parameters, optimizer, legacy):
+    tmp_path, convert, seanet, layout, classes, parameters, optimizer, legacy
+):
     source = seanet[classes]
     file = authors_file(tmp_path / 'best_model.pth', source, layout, optimizer, legacy)
     done = convert(file, '--model', 'seanet20', '--out', tmp_path / 'new' / 'out')
@@ -190,14 +198,17 @@ def port(attribute: str = 'se', **kwargs) -> nn.Module:
     return randomize(ResNet20(5, (16, 32, 64), partial(Branches, **kwargs), attribute), images(4))
 
 
-@pytest.mark.parametrize(('attribute', 'attention'), [
-    ('se', NUMBERED),
-    ('se', dict(NUMBERED, bias=True)),
-    ('selayer', dict(names=[f'branch{i}' for i in range(4)], output='excitation')),
-    ('attention', dict(names=[f'dense{i}' for i in range(12)], output='a_first_by_name', bias=True)),
-    ('se', dict(names=['fc1', 'fc2'], output='fc', reduction=8)),
-    ('se', dict(names=['fc1', 'fc2'], output='fc', reduction=16)),  # half of the room
-])
+@pytest.mark.parametrize(
+    ('attribute', 'attention'),
+    [
+        ('se', NUMBERED),
+        ('se', dict(NUMBERED, bias=True)),
+        ('selayer', dict(names=[f'branch{i}' for i in range(4)], output='excitation')),
+        ('attention', dict(names=[f'dense{i}' for i in range(12)], output='a_first_by_name', bias=True)),
+        ('se', dict(names=['fc1', 'fc2'], output='fc', reduction=8)),
+        ('se', dict(names=['fc1', 'fc2'], output='fc', reduction=16)),  # half of the room
+    ],
+)
 def test_branches_become_one_layer_with_the_same_logits(tmp_path, attribute, attention):
     source = port(attribute, **attention)
     cardinality = max(4, len(attention['names']))
@@ -222,8 +233,16 @@ def test_script_converts_a_port_in_safetensors(tmp_path):
 
 def test_options_of_the_model_are_kept_in_the_directory(tmp_path, convert):
     torch.save(port(**dict(NUMBERED, reduction=8)).state_dict(), tmp_path / 'x.pth')
-    done = convert(tmp_path / 'x.pth', '--model', 'senetv2_resnet20', '--out', tmp_path / 'out',
-                   '--model-kwargs', 'sae_reduction=8', 'sae_add_identity=True')
+    done = convert(
+        tmp_path / 'x.pth',
+        '--model',
+        'senetv2_resnet20',
+        '--out',
+        tmp_path / 'out',
+        '--model-kwargs',
+        'sae_reduction=8',
+        'sae_add_identity=True',
+    )
     assert done.returncode == 0, done.stderr
     model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
     assert model.layer1[0].se.rd_channels == 2 and model.layer1[0].se.add_identity
@@ -235,6 +254,7 @@ def test_options_of_the_model_are_kept_in_the_directory(tmp_path, convert):
 @pytest.fixture
 def refused(tmp_path, convert) -> Callable[..., None]:
     """Assert that the script refuses to convert the content, in one line, and leaves nothing behind."""
+
     def check(content, *reasons: str, model: str = 'seanet20') -> None:
         torch.save(content, tmp_path / 'x.pth')
         done = convert(tmp_path / 'x.pth', '--model', model, '--out', tmp_path / 'out')
@@ -243,23 +263,31 @@ def refused(tmp_path, convert) -> Callable[..., None]:
         for reason in reasons:
             assert reason in done.stderr
         assert [p.name for p in tmp_path.iterdir()] == ['x.pth']
+
     return check
 
 
 def test_half_known_file_is_refused_with_the_first_unmatched_key_of_each_side(refused, seanet):
     state = seanet[10].state_dict()
     renamed = {key.replace('layer2.0.conv2', 'layer2.0.second'): tensor for key, tensor in state.items()}
-    refused(dict(epoch=1, weight=renamed),
-            'layer2.0.second.weight (256, 256, 3, 3) is in the file only', 'in the model only')
+    refused(
+        dict(epoch=1, weight=renamed),
+        'layer2.0.second.weight (256, 256, 3, 3) is in the file only',
+        'in the model only',
+    )
 
 
 def test_attention_of_an_unknown_structure_is_refused(seanet):
     state = dict(seanet[10].state_dict())
     state['layer1.1.se.norm.weight'] = torch.ones(16)
     model = timm.create_model('seanet20')
-    with pytest.raises(ValueError, match=(
+    with pytest.raises(
+        ValueError,
+        match=(
             r'layer1\.1\.se\.fc\.0\.weight \(16, 128\) is in the file only, '
-            r'layer1\.1\.se\.fc1\.weight \(16, 128\) in the model only')):
+            r'layer1\.1\.se\.fc1\.weight \(16, 128\) in the model only'
+        ),
+    ):
         convert_state_dict(state, model)
 
 

@@ -14,8 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data import create_loader
 
-NAMES = (
-    'train-images-idx3-ubyte', 'train-labels-idx1-ubyte', 't10k-images-idx3-ubyte', 't10k-labels-idx1-ubyte')
+NAMES = ('train-images-idx3-ubyte', 'train-labels-idx1-ubyte', 't10k-images-idx3-ubyte', 't10k-labels-idx1-ubyte')
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -25,9 +24,18 @@ def idx(array: np.ndarray) -> bytes:
 def write_fashion_mnist(folder: Path, compress: bool = True) -> dict[str, np.ndarray]:
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    arrays = dict(zip(NAMES, (
-        rng.integers(256, size=(12, 28, 28)), rng.integers(10, size=12),
-        rng.integers(256, size=(6, 28, 28)), rng.integers(10, size=6)), strict=True))
+    arrays = dict(
+        zip(
+            NAMES,
+            (
+                rng.integers(256, size=(12, 28, 28)),
+                rng.integers(10, size=12),
+                rng.integers(256, size=(6, 28, 28)),
+                rng.integers(10, size=6),
+            ),
+            strict=True,
+        )
+    )
     for name, array in arrays.items():
         if compress:
             (folder / f'{name}.gz').write_bytes(gzip.compress(idx(array)))
@@ -58,8 +66,10 @@ def test_digits_hold_out_a_stratified_quarter_that_is_always_the_same():
     whole = np.bincount(load_digits().target)
     assert np.abs(np.bincount(data.test.targets) - whole / 4).max() < 1
     images = sorted(image.tobytes() for image in (*data.train.images, *data.test.images))
-    assert images == sorted(np.round(load_digits().images * 255 / 16).astype(np.uint8).reshape(1797, 64).tobytes()[
-        64 * i:64 * i + 64] for i in range(1797))
+    assert images == sorted(
+        np.round(load_digits().images * 255 / 16).astype(np.uint8).reshape(1797, 64).tobytes()[64 * i : 64 * i + 64]
+        for i in range(1797)
+    )
 
 
 def test_mean_and_std_are_those_of_the_training_images():
@@ -82,14 +92,20 @@ def test_fashion_mnist_is_read_from_files_already_there(tmp_path, compress, inne
     assert len(data.classes) == 10
 
 
-@pytest.mark.parametrize('damage, says', [
-    (lambda f: (f / f'{NAMES[3]}.gz').unlink(), f'lacks {NAMES[3]}'),
-    (lambda f: (f / f'{NAMES[0]}.gz').write_bytes((f / f'{NAMES[0]}.gz').read_bytes()[:500]), f'{NAMES[0]}.gz is'),
-    (lambda f: (f / f'{NAMES[0]}.gz').write_bytes(gzip.compress(idx(np.zeros((12, 28, 28)))[:-1])), 'truncated'),
-    (lambda f: (f / f'{NAMES[1]}.gz').write_bytes(gzip.compress(b'no idx file')), 'not an idx file'),
-    (lambda f: (f / f'{NAMES[1]}.gz').write_bytes(gzip.compress(idx(np.zeros(11)))), '12 images'),
-    (lambda f: (f / f'{NAMES[1]}.gz').write_bytes(gzip.compress(idx(np.full(12, 10)))), 'not those of Fashion-MNIST'),
-])
+@pytest.mark.parametrize(
+    'damage, says',
+    [
+        (lambda f: (f / f'{NAMES[3]}.gz').unlink(), f'lacks {NAMES[3]}'),
+        (lambda f: (f / f'{NAMES[0]}.gz').write_bytes((f / f'{NAMES[0]}.gz').read_bytes()[:500]), f'{NAMES[0]}.gz is'),
+        (lambda f: (f / f'{NAMES[0]}.gz').write_bytes(gzip.compress(idx(np.zeros((12, 28, 28)))[:-1])), 'truncated'),
+        (lambda f: (f / f'{NAMES[1]}.gz').write_bytes(gzip.compress(b'no idx file')), 'not an idx file'),
+        (lambda f: (f / f'{NAMES[1]}.gz').write_bytes(gzip.compress(idx(np.zeros(11)))), '12 images'),
+        (
+            lambda f: (f / f'{NAMES[1]}.gz').write_bytes(gzip.compress(idx(np.full(12, 10)))),
+            'not those of Fashion-MNIST',
+        ),
+    ],
+)
 def test_a_missing_or_damaged_fashion_mnist_file_is_named(tmp_path, damage, says):
     write_fashion_mnist(tmp_path / 'data')
     damage(tmp_path / 'data')
@@ -166,12 +182,15 @@ def test_limit_keeps_images_of_several_classes(tmp_path):
     assert len(data.test) == 2
 
 
-@pytest.mark.parametrize('make, says', [
-    (lambda root: write_images(root / 'train', {'ant': 1}), 'none of val'),
-    (lambda root: (write_images(root / 'train', {'ant': 1}), write_images(root / 'val', {'bee': 1})), "'ant'"),
-    (lambda root: (root / 'notes.txt').write_text('x'), 'not an image folder'),
-    (lambda root: write_images(root, {'ant': 1, 'bee': 5}), 'cannot be split'),
-])
+@pytest.mark.parametrize(
+    'make, says',
+    [
+        (lambda root: write_images(root / 'train', {'ant': 1}), 'none of val'),
+        (lambda root: (write_images(root / 'train', {'ant': 1}), write_images(root / 'val', {'bee': 1})), "'ant'"),
+        (lambda root: (root / 'notes.txt').write_text('x'), 'not an image folder'),
+        (lambda root: write_images(root, {'ant': 1, 'bee': 5}), 'cannot be split'),
+    ],
+)
 def test_a_folder_that_is_no_image_folder_is_explained(tmp_path, make, says):
     make(tmp_path)
     with pytest.raises(UserError) as error:
@@ -192,8 +211,13 @@ def test_a_damaged_image_is_named_through_timms_loader(tmp_path, workers):
     damaged = tmp_path / 'train' / 'bee' / '1.png'
     damaged.write_bytes(damaged.read_bytes()[:200])
     loader = create_loader(
-        load_dataset(str(tmp_path)).train, input_size=(3, 8, 8), batch_size=4, num_workers=workers,
-        persistent_workers=False, device=torch.device('cpu'))
+        load_dataset(str(tmp_path)).train,
+        input_size=(3, 8, 8),
+        batch_size=4,
+        num_workers=workers,
+        persistent_workers=False,
+        device=torch.device('cpu'),
+    )
     with pytest.raises(ImageError) as error:
         list(loader)
     assert message(error).startswith(f'{damaged} cannot be read as an image')

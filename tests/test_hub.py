@@ -1,4 +1,5 @@
 """Model cards, and pushing to a Hub on loopback with huggingface_hub's own client."""
+
 import argparse
 import json
 import re
@@ -47,11 +48,17 @@ def trained(tmp_path_factory):
     torch.manual_seed(1)
     model, averaged = timm.create_model('small_saecnn'), timm.create_model('small_saecnn')
     path = tmp_path_factory.mktemp('trained') / 'model_best.pth.tar'
-    torch.save({
-        'epoch': 3, 'arch': 'small_saecnn', 'args': argparse.Namespace(lr=0.1), 'version': 2,
-        'state_dict': {f'module.{k}': v for k, v in model.state_dict().items()},
-        'state_dict_ema': averaged.state_dict(),
-    }, path)
+    torch.save(
+        {
+            'epoch': 3,
+            'arch': 'small_saecnn',
+            'args': argparse.Namespace(lr=0.1),
+            'version': 2,
+            'state_dict': {f'module.{k}': v for k, v in model.state_dict().items()},
+            'state_dict_ema': averaged.state_dict(),
+        },
+        path,
+    )
     return path
 
 
@@ -71,8 +78,10 @@ def folder(model, tmp_path_factory):
 @pytest.fixture
 def push(server, folder, model, naps):
     """Push the model to me/x on the loopback Hub."""
+
     def push(**kwargs):
         return hub.push(folder, **{**dict(repo_id='me/x', model=model, token=TOKEN, endpoint=server.url), **kwargs})
+
     return push
 
 
@@ -139,7 +148,8 @@ def test_push_creates_a_private_repository_and_a_branch(server, push, folder):
 
 
 def test_push_as_a_pull_request_leaves_the_branch_alone_and_is_not_proposed_twice(
-        as_default_hub, push, folder, model, tmp_path):
+    as_default_hub, push, folder, model, tmp_path
+):
     first, second = push(create_pr=True), push(create_pr=True)
     repo = as_default_hub.model('me/x')
     assert pushed_files(repo) == {} and pushed_files(repo, 'refs/pr/1') == contents(folder)
@@ -150,25 +160,29 @@ def test_push_as_a_pull_request_leaves_the_branch_alone_and_is_not_proposed_twic
     assert first.revision == second.revision == 'refs/pr/1'
 
 
-@pytest.mark.parametrize('method, path, fault', [
-    ('POST', COMMIT, dict(drop='before')),
-    ('POST', COMMIT, dict(drop='during')),
-    ('POST', COMMIT, dict(drop='after')),
-    ('POST', COMMIT, dict(status=503)),
-    ('POST', COMMIT, dict(status=412)),
-    ('PUT', PUT, dict(drop='before')),
-    ('PUT', PUT, dict(drop='during')),
-    ('PUT', PUT, dict(drop='after')),
-    ('PUT', PUT, dict(status=500)),
-    ('POST', '/preupload/', dict(status=502)),
-    ('POST', '/objects/batch', dict(status=429, headers={'Retry-After': '7'})),
-    ('POST', '/repos/create', dict(drop='after')),
-    ('POST', '/repos/create', dict(status=429, headers={'Retry-After': '7'})),
-    ('GET', '/whoami-v2', dict(status=500, times=3)),
-    ('GET', '/cdn/', dict(cut=True)),
-    ('GET', '/cdn/', dict(status=500)),
-    ('HEAD', '/resolve/', dict(drop='before')),
-], ids=lambda v: '-'.join(map(str, v.values())) if isinstance(v, dict) else v.strip('/').rpartition('/')[2])
+@pytest.mark.parametrize(
+    'method, path, fault',
+    [
+        ('POST', COMMIT, dict(drop='before')),
+        ('POST', COMMIT, dict(drop='during')),
+        ('POST', COMMIT, dict(drop='after')),
+        ('POST', COMMIT, dict(status=503)),
+        ('POST', COMMIT, dict(status=412)),
+        ('PUT', PUT, dict(drop='before')),
+        ('PUT', PUT, dict(drop='during')),
+        ('PUT', PUT, dict(drop='after')),
+        ('PUT', PUT, dict(status=500)),
+        ('POST', '/preupload/', dict(status=502)),
+        ('POST', '/objects/batch', dict(status=429, headers={'Retry-After': '7'})),
+        ('POST', '/repos/create', dict(drop='after')),
+        ('POST', '/repos/create', dict(status=429, headers={'Retry-After': '7'})),
+        ('GET', '/whoami-v2', dict(status=500, times=3)),
+        ('GET', '/cdn/', dict(cut=True)),
+        ('GET', '/cdn/', dict(status=500)),
+        ('HEAD', '/resolve/', dict(drop='before')),
+    ],
+    ids=lambda v: '-'.join(map(str, v.values())) if isinstance(v, dict) else v.strip('/').rpartition('/')[2],
+)
 def test_push_gets_over_a_passing_fault_and_commits_once(server, push, folder, naps, method, path, fault):
     injected = server.fault(method, path, **fault)
     push()
@@ -186,15 +200,19 @@ def test_pull_request_whose_answer_was_lost_is_not_opened_twice(server, push, fo
     assert pushed_files(repo, 'refs/pr/1') == contents(folder) and len(repo.pull_requests) == 1
 
 
-@pytest.mark.parametrize('method, path, fault, says', [
-    ('POST', COMMIT, dict(drop='during'), 'connection to the Hub failed'),
-    ('PUT', PUT, dict(drop='during'), 'connection to the Hub failed'),
-    ('POST', COMMIT, dict(status=429), 'fewer requests'),
-    ('POST', COMMIT, dict(status=500), 'status 500'),
-    ('POST', COMMIT, dict(status=403), 'no permission'),
-    ('PUT', PUT, dict(status=400), 'status 400'),
-    ('POST', '/validate-yaml', dict(drop='before'), 'connection to the Hub failed'),
-], ids=lambda v: '-'.join(map(str, v.values())) if isinstance(v, dict) else None)
+@pytest.mark.parametrize(
+    'method, path, fault, says',
+    [
+        ('POST', COMMIT, dict(drop='during'), 'connection to the Hub failed'),
+        ('PUT', PUT, dict(drop='during'), 'connection to the Hub failed'),
+        ('POST', COMMIT, dict(status=429), 'fewer requests'),
+        ('POST', COMMIT, dict(status=500), 'status 500'),
+        ('POST', COMMIT, dict(status=403), 'no permission'),
+        ('PUT', PUT, dict(status=400), 'status 400'),
+        ('POST', '/validate-yaml', dict(drop='before'), 'connection to the Hub failed'),
+    ],
+    ids=lambda v: '-'.join(map(str, v.values())) if isinstance(v, dict) else None,
+)
 def test_push_that_fails_leaves_nothing_and_the_next_finishes(server, push, folder, method, path, fault, says):
     injected = server.fault(method, path, times=10**6, **fault)
     with pytest.raises(hub.HubError, match=says):
@@ -218,8 +236,8 @@ def test_push_whose_answers_are_lost_for_good_is_found_complete_by_the_next(serv
 def test_push_gives_up_after_a_few_growing_waits(server, push, naps):
     server.fault('GET', '/whoami-v2', times=10**6, status=503)
     with pytest.raises(hub.HubError, match='status 503'):
-        push(attempts=4, wait=2.)
-    assert naps == [2., 4., 8.]
+        push(attempts=4, wait=2.0)
+    assert naps == [2.0, 4.0, 8.0]
 
 
 def test_push_without_a_hub_says_so(folder, model, server, naps):
@@ -229,16 +247,19 @@ def test_push_without_a_hub_says_so(folder, model, server, naps):
         hub.push(folder, 'me/x', model, token=TOKEN, endpoint=url)
 
 
-@pytest.mark.parametrize('kwargs, says', [
-    (dict(token='hf_other'), 'does not accept the token'),
-    (dict(token=READER), 'no permission'),
-    (dict(repo_id='you/x'), 'may write to the repositories of you'),
-    (dict(token='hf_\n'), 'holds characters that no token has'),
-    (dict(repo_id='x'), 'must name its owner'),
-    (dict(repo_id='me/x/y'), 'owner/name'),
-    (dict(repo_id='me/--x'), 'owner/name'),
-    (dict(create_pr=True, revision='none'), 'no such revision'),
-])
+@pytest.mark.parametrize(
+    'kwargs, says',
+    [
+        (dict(token='hf_other'), 'does not accept the token'),
+        (dict(token=READER), 'no permission'),
+        (dict(repo_id='you/x'), 'may write to the repositories of you'),
+        (dict(token='hf_\n'), 'holds characters that no token has'),
+        (dict(repo_id='x'), 'must name its owner'),
+        (dict(repo_id='me/x/y'), 'owner/name'),
+        (dict(repo_id='me/--x'), 'owner/name'),
+        (dict(create_pr=True, revision='none'), 'no such revision'),
+    ],
+)
 def test_push_that_may_not_be_says_why_at_once(server, push, naps, kwargs, says):
     with pytest.raises(hub.HubError, match=says):
         push(**kwargs)
@@ -264,7 +285,7 @@ def test_push_to_a_name_that_is_no_model_repository_says_so(server, push):
 def test_push_detects_a_changed_byte_in_what_the_hub_serves(server, push, name):
     def flip(body):
         middle = len(body) // 2
-        return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1:]
+        return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
 
     server.fault('GET', '/cdn/' if name == 'model.safetensors' else f'/resolve/.*/{name}', edit=flip)
     with pytest.raises(hub.HubError, match=f'serves another {re.escape(name)} than was pushed'):
@@ -306,8 +327,13 @@ def test_options_of_the_model_come_back_from_the_hub(as_default_hub, tmp_path, n
     given = timm.create_model('senetv2_resnet20', num_classes=7, in_chans=1, sae_cardinality=2, sae_reduction=4)
     save_file(given.state_dict(), tmp_path / 'w.safetensors')
     model = hub.build(
-        'senetv2_resnet20', checkpoint=tmp_path / 'w.safetensors',
-        num_classes=7, in_chans=1, sae_cardinality=2, sae_reduction=4)
+        'senetv2_resnet20',
+        checkpoint=tmp_path / 'w.safetensors',
+        num_classes=7,
+        in_chans=1,
+        sae_cardinality=2,
+        sae_reduction=4,
+    )
     facts = hub.Facts(labels=list('abcdefg'), license='mit')
     hub.write_files(model, tmp_path / 'x', hub.render_card(model, 'me/x', facts, count), facts)
     hub.push(tmp_path / 'x', 'me/x', model, token=TOKEN, endpoint=as_default_hub.url)
@@ -317,14 +343,15 @@ def test_options_of_the_model_come_back_from_the_hub(as_default_hub, tmp_path, n
 
 
 DAMAGE = {
-    'truncated': lambda content: content[:len(content) // 2],
+    'truncated': lambda content: content[: len(content) // 2],
     'header': lambda content: b'\xff' * 16 + content[16:],
 }
 
 
 @pytest.mark.parametrize('damage', DAMAGE.values(), ids=DAMAGE)
 def test_damaged_weights_in_a_repository_are_an_error_until_they_are_mended(
-        as_default_hub, push, folder, model, damage, tmp_path):
+    as_default_hub, push, folder, model, damage, tmp_path
+):
     files = contents(folder)
     as_default_hub.add_repo('me/x', {**files, 'model.safetensors': damage(files['model.safetensors'])})
     load = lambda: timm.create_model('hf-hub:me/x', pretrained=True, cache_dir=tmp_path)  # noqa: E731
@@ -385,18 +412,25 @@ def _without(state, key):
     return {k: v for k, v in state.items() if k != key}
 
 
-@pytest.mark.parametrize('change, kwargs, says', [
-    (lambda s: _without(s, 'layer2.conv.weight'), {}, r'lacks layer2.conv.weight, of shape \(64, 32, 3, 3\)'),
-    (lambda s: {**s, 'extra.weight': torch.ones(1)}, {}, 'has no extra.weight'),
-    (lambda s: {**s, 'fc.weight': torch.ones(7, 128)}, {}, r'fc.weight has the shape \(7, 128\) instead of \(10, 128\)'
-                                                           '; give the number of classes'),
-    (lambda s: {**s, 'fc.bias': torch.full((10,), torch.nan)}, {}, 'fc.bias holds NaN'),
-    (lambda s: {'state_dict': s}, dict(ema=True), r'no averaged \(EMA\) weights'),
-    (lambda s: {'state_dict': s, 'more': Opaque()}, {}, 'cannot be read as a checkpoint'),
-    (lambda s: [s], {}, 'holds no state dict but a list'),
-    (lambda s: {'epoch': 3}, {}, "no state dict: its 'epoch' is not a tensor"),
-    (lambda s: {}, {}, 'no state dict'),
-])
+@pytest.mark.parametrize(
+    'change, kwargs, says',
+    [
+        (lambda s: _without(s, 'layer2.conv.weight'), {}, r'lacks layer2.conv.weight, of shape \(64, 32, 3, 3\)'),
+        (lambda s: {**s, 'extra.weight': torch.ones(1)}, {}, 'has no extra.weight'),
+        (
+            lambda s: {**s, 'fc.weight': torch.ones(7, 128)},
+            {},
+            r'fc.weight has the shape \(7, 128\) instead of \(10, 128\)'
+            '; give the number of classes',
+        ),
+        (lambda s: {**s, 'fc.bias': torch.full((10,), torch.nan)}, {}, 'fc.bias holds NaN'),
+        (lambda s: {'state_dict': s}, dict(ema=True), r'no averaged \(EMA\) weights'),
+        (lambda s: {'state_dict': s, 'more': Opaque()}, {}, 'cannot be read as a checkpoint'),
+        (lambda s: [s], {}, 'holds no state dict but a list'),
+        (lambda s: {'epoch': 3}, {}, "no state dict: its 'epoch' is not a tensor"),
+        (lambda s: {}, {}, 'no state dict'),
+    ],
+)
 def test_build_refuses_a_checkpoint_that_does_not_fit(trained, tmp_path, change, kwargs, says):
     state = torch.load(trained, weights_only=False)['state_dict_ema']
     torch.save(change(state), tmp_path / 'w.pth')
@@ -411,14 +445,17 @@ def test_build_refuses_a_damaged_file(trained, tmp_path, name):
         hub.build('small_saecnn', checkpoint=tmp_path / name)
 
 
-@pytest.mark.parametrize('args, says', [
-    (dict(name='resnet50', checkpoint='w.pth'), 'not a model of timm_senetv2'),
-    (dict(name='senetv2_resnet05', checkpoint='w.pth'), 'do you mean senetv2_resnet'),
-    (dict(name='small_saecnn', checkpoint='w.pth'), 'there is no file w.pth'),
-    (dict(name='small_saecnn', tag='none'), "no pretrained weights with the tag 'none'"),
-    (dict(name='small_saecnn'), 'either a pretrained tag or a checkpoint'),
-    (dict(name='small_saecnn', tag='none', ema=True), 'come from a checkpoint'),
-])
+@pytest.mark.parametrize(
+    'args, says',
+    [
+        (dict(name='resnet50', checkpoint='w.pth'), 'not a model of timm_senetv2'),
+        (dict(name='senetv2_resnet05', checkpoint='w.pth'), 'do you mean senetv2_resnet'),
+        (dict(name='small_saecnn', checkpoint='w.pth'), 'there is no file w.pth'),
+        (dict(name='small_saecnn', tag='none'), "no pretrained weights with the tag 'none'"),
+        (dict(name='small_saecnn'), 'either a pretrained tag or a checkpoint'),
+        (dict(name='small_saecnn', tag='none', ema=True), 'come from a checkpoint'),
+    ],
+)
 def test_build_refuses_what_is_not_there(args, says):
     with pytest.raises(hub.HubError, match=says):
         hub.build(**args)
@@ -463,10 +500,13 @@ def test_shipped_weights_are_written_with_their_labels_and_card(tmp_path):
     assert 'Fashion-MNIST' in (tmp_path / 'README.md').read_text()
 
 
-@pytest.mark.parametrize('error', [
-    OSError(28, 'No space left on device'),
-    SafetensorError('Error while serializing: IoError(Os { code: 28, message: "No space left on device" })'),
-])
+@pytest.mark.parametrize(
+    'error',
+    [
+        OSError(28, 'No space left on device'),
+        SafetensorError('Error while serializing: IoError(Os { code: 28, message: "No space left on device" })'),
+    ],
+)
 def test_full_disk_leaves_the_folder_as_it_was(model, folder, tmp_path, monkeypatch, error):
     out = tmp_path / 'x'
     facts = hub.Facts()
@@ -487,13 +527,28 @@ def test_dry_run_on_a_disk_that_is_really_full(trained, tmp_path):
     if probe.returncode:
         pytest.skip('this system lets no user mount a small file system')
     command = [
-        sys.executable, push_to_hub.__file__, '--model', 'small_saecnn', '--checkpoint', str(trained),
-        '--repo-id', 'me/x', '--dry-run', f'{tmp_path}/x',
+        sys.executable,
+        push_to_hub.__file__,
+        '--model',
+        'small_saecnn',
+        '--checkpoint',
+        str(trained),
+        '--repo-id',
+        'me/x',
+        '--dry-run',
+        f'{tmp_path}/x',
     ]
     done = subprocess.run(
-        ['unshare', '-Urm', 'sh', '-c', f'mount -t tmpfs -o size=300k none {tmp_path}; '
-         f'{shlex.join(command)}; echo "code $?"; ls -A {tmp_path}'],
-        capture_output=True, text=True)
+        [
+            'unshare',
+            '-Urm',
+            'sh',
+            '-c',
+            f'mount -t tmpfs -o size=300k none {tmp_path}; {shlex.join(command)}; echo "code $?"; ls -A {tmp_path}',
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout == 'code 2\n'  # and nothing is left in the folder
     assert done.stderr == f'error: cannot write {tmp_path}/x: the disk is full\n'
 
@@ -505,7 +560,7 @@ def test_files_are_not_written_over_a_file(model, tmp_path):
     assert (tmp_path / 'x').read_text() == 'mine'
 
 
-FACTS = '''
+FACTS = """
 summary: A model of the tests.
 datasets: [fashion_mnist]
 license: mit
@@ -520,7 +575,7 @@ results:
     dataset_name: Fashion-MNIST
     split: test
 limits: Only for clothes.
-'''
+"""
 
 
 def test_card_states_the_facts_and_its_metadata_holds_them(model, tmp_path):
@@ -533,20 +588,33 @@ def test_card_states_the_facts_and_its_metadata_holds_them(model, tmp_path):
     (entry,) = read['model-index']
     (result,) = entry['results']
     assert entry['name'] == 'x' and result['dataset'] == {
-        'name': 'Fashion-MNIST', 'type': 'fashion_mnist', 'split': 'test'}
+        'name': 'Fashion-MNIST',
+        'type': 'fashion_mnist',
+        'split': 'test',
+    }
     assert [m['value'] for m in result['metrics']] == [91.25]
     text = card.text
-    for part in ('A model of the tests.', "timm.create_model('hf-hub:me/x', pretrained=True)",
-                 'python train.py --epochs 2', '| optimizer | SGD |', '| Top-1 accuracy | 91.25 |', 'table.csv',
-                 'Only for clothes.', 'pip install timm-senetv2', f'{sum(p.numel() for p in model.parameters()):,}'):
+    for part in (
+        'A model of the tests.',
+        "timm.create_model('hf-hub:me/x', pretrained=True)",
+        'python train.py --epochs 2',
+        '| optimizer | SGD |',
+        '| Top-1 accuracy | 91.25 |',
+        'table.csv',
+        'Only for clothes.',
+        'pip install timm-senetv2',
+        f'{sum(p.numel() for p in model.parameters()):,}',
+    ):
         assert part in text
 
 
 def test_card_takes_command_and_hyperparameters_from_a_table(model, tmp_path):
     (tmp_path / 'facts.yaml').write_text(
-        'training: {file: table.csv, row: {seed: 3}, command: how, hyperparameters: [epochs, amp]}')
+        'training: {file: table.csv, row: {seed: 3}, command: how, hyperparameters: [epochs, amp]}'
+    )
     (tmp_path / 'table.csv').write_text(
-        'model,seed,epochs,amp,how\nsmall_saecnn,2,5,,python two.py\nsmall_saecnn,3,7,,python three.py\n')
+        'model,seed,epochs,amp,how\nsmall_saecnn,2,5,,python two.py\nsmall_saecnn,3,7,,python three.py\n'
+    )
     text = hub.render_card(model, 'me/x', hub.load_facts(tmp_path / 'facts.yaml'), count).text
     assert 'python three.py' in text and '| epochs | 7 |' in text and 'amp' not in text and 'two.py' not in text
 
@@ -555,19 +623,22 @@ def test_card_takes_command_and_hyperparameters_from_a_table(model, tmp_path):
         hub.render_card(model, 'me/x', hub.load_facts(tmp_path / 'facts.yaml'), count)
 
 
-@pytest.mark.parametrize('old, new, says', [
-    ('summary: A', 'sumary: A', "'sumary' is not a fact"),
-    ('[fashion_mnist]', 'fashion_mnist', 'datasets must be a list'),
-    ('    split: test\n', '', 'each of the results needs'),
-    ('{seed: 3}', '{sed: 3}', "no column 'sed'"),
-    ('{seed: 3}', '{seed: 4}', 'no row for small_saecnn'),
-    ('table.csv', 'other.csv', 'cannot read the results'),
-    ('top1}', 'seeds}', "no column 'seeds'"),
-    ('summary: A', 'summary: [A', 'is not YAML'),
-    ('license: mit', 'data_config: {mean: [0.5, 0.5]}', 'data_config does not suit small_saecnn: mean'),
-    ('{epochs: 2, optimizer: SGD}', '[epochs]', 'hyperparameters must be a dict'),
-    ('  hyperparameters: {epochs: 2, optimizer: SGD}\n', '', 'training needs'),
-])
+@pytest.mark.parametrize(
+    'old, new, says',
+    [
+        ('summary: A', 'sumary: A', "'sumary' is not a fact"),
+        ('[fashion_mnist]', 'fashion_mnist', 'datasets must be a list'),
+        ('    split: test\n', '', 'each of the results needs'),
+        ('{seed: 3}', '{sed: 3}', "no column 'sed'"),
+        ('{seed: 3}', '{seed: 4}', 'no row for small_saecnn'),
+        ('table.csv', 'other.csv', 'cannot read the results'),
+        ('top1}', 'seeds}', "no column 'seeds'"),
+        ('summary: A', 'summary: [A', 'is not YAML'),
+        ('license: mit', 'data_config: {mean: [0.5, 0.5]}', 'data_config does not suit small_saecnn: mean'),
+        ('{epochs: 2, optimizer: SGD}', '[epochs]', 'hyperparameters must be a dict'),
+        ('  hyperparameters: {epochs: 2, optimizer: SGD}\n', '', 'training needs'),
+    ],
+)
 def test_wrong_facts_are_one_clear_line(model, tmp_path, old, new, says):
     assert old in FACTS
     (tmp_path / 'facts.yaml').write_text(FACTS.replace(old, new))

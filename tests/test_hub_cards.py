@@ -1,4 +1,5 @@
 """The card of every released model.tag says what its facts, timm's registry and the results tables say."""
+
 import csv
 import re
 import sys
@@ -13,7 +14,8 @@ from timm.models import get_pretrained_cfg, model_entrypoint
 
 ROOT = Path(__file__).parents[1]
 RELEASED = sorted(
-    name for name in timm.list_pretrained() if model_entrypoint(name).__module__.startswith('timm_senetv2.'))
+    name for name in timm.list_pretrained() if model_entrypoint(name).__module__.startswith('timm_senetv2.')
+)
 
 
 @pytest.fixture(scope='module')
@@ -50,8 +52,12 @@ def test_card_agrees_with_registry_and_facts(cards, name):
     if 'training' in facts:
         told = facts['training']
         with (ROOT / 'hub_cards' / told['file']).open(newline='') as f:
-            (row,) = [r for r in csv.DictReader(f) if r['model'] == model.pretrained_cfg['architecture']
-                      and all(r[key] == str(value) for key, value in told.get('row', {}).items())]
+            (row,) = [
+                r
+                for r in csv.DictReader(f)
+                if r['model'] == model.pretrained_cfg['architecture']
+                and all(r[key] == str(value) for key, value in told.get('row', {}).items())
+            ]
         assert row[told['command']] in text
         assert all(f'| {column} | {row[column]} |' in text for column in told['hyperparameters'] if row[column])
     assert facts.get('limits', '') in text and facts.get('summary', '') in text
@@ -65,13 +71,15 @@ def test_card_of_lifted_weights_quotes_the_sources_figures_and_says_whose_they_a
     quoted = {(result.metric_name, result.metric_value) for result in cards[name].data.eval_results}
     assert quoted == {
         (f'{metric} accuracy, {row["img_size"]} px', float(row[column]))
-        for row in rows for metric, column in (('Top-1', 'top1'), ('Top-5', 'top5'))
+        for row in rows
+        for metric, column in (('Top-1', 'top1'), ('Top-5', 'top5'))
     }
     source = cards[name].data.base_model
-    assert all(source in result.source_name and result.source_url.endswith(source) for result in
-               cards[name].data.eval_results)
+    assert all(
+        source in result.source_name and result.source_url.endswith(source) for result in cards[name].data.eval_results
+    )
     text = ' '.join(cards[name].text.split())
-    assert f'figures of {source}, quoted from timm\'s results table' in text and 'not measured again' in text
+    assert f"figures of {source}, quoted from timm's results table" in text and 'not measured again' in text
     assert 'From `results/lift_sources.csv` of timm-senetv2.' in text
     assert 'untrained and do nothing until the model is trained further' in text
 
@@ -92,12 +100,15 @@ def test_card_of_shipped_weights_quotes_the_run_they_come_from(cards, name):
 
 
 # GMACs and activations (M) of timm's published benchmark tables for the sources, which SaE changes by next to nothing
-@pytest.mark.parametrize('name, gmacs, activations', [
-    ('senetv2_resnet50.se_ra2_in1k', 4.11, 11.13),
-    ('senextv2_50.se_racm_in1k', 4.26, 14.42),
-    ('senextv2_26d_32x4d.se_bt_in1k', 2.73, 10.19),
-    ('senetv2_resnet152d.se_ra2_in1k', 15.42, 30.56),
-])
+@pytest.mark.parametrize(
+    'name, gmacs, activations',
+    [
+        ('senetv2_resnet50.se_ra2_in1k', 4.11, 11.13),
+        ('senextv2_50.se_racm_in1k', 4.26, 14.42),
+        ('senextv2_26d_32x4d.se_bt_in1k', 2.73, 10.19),
+        ('senetv2_resnet152d.se_ra2_in1k', 15.42, 30.56),
+    ],
+)
 def test_cost_on_the_card_is_that_of_timms_tables(cards, name, gmacs, activations):
     text = cards[name].text
     assert float(re.search(r'Multiply-adds, \d+ px \| ([\d.]+) G', text)[1]) == pytest.approx(gmacs, rel=0.015)

@@ -1,4 +1,5 @@
 """The two layers against the papers' formulas, and in every way torch can run them."""
+
 import io
 import shutil
 
@@ -62,7 +63,7 @@ def test_sae_equals_separate_branches_forward_and_gradients(cardinality, add_ide
     (actual * direction).sum().backward(inputs=[x, *layer.parameters()])
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(x.grad, expected_grads[0], rtol=0, atol=1e-10)
-    grad_w, grad_b = expected_grads[1:cardinality + 1], expected_grads[cardinality + 1:-2]
+    grad_w, grad_b = expected_grads[1 : cardinality + 1], expected_grads[cardinality + 1 : -2]
     torch.testing.assert_close(layer.fc1.weight.grad, torch.cat(grad_w), rtol=0, atol=1e-10)
     torch.testing.assert_close(layer.fc1.bias.grad, torch.cat(grad_b), rtol=0, atol=1e-10)
     torch.testing.assert_close(layer.fc2.weight.grad, expected_grads[-2], rtol=0, atol=1e-10)
@@ -80,10 +81,10 @@ def test_aggregation_equals_a_loop_over_groups_forward_and_gradients(op, factor,
         channels.append(max_of(members) if op == 'max' else sum(members) / (factor if op == 'mean' else 1))
     expected = torch.stack(channels, 1)
     direction = torch.randn_like(expected)
-    expected_grad, = torch.autograd.grad(expected, x, direction)
+    (expected_grad,) = torch.autograd.grad(expected, x, direction)
 
     actual = ChannelAggregation(factor, op)(x)
-    actual_grad, = torch.autograd.grad(actual, x, direction)
+    (actual_grad,) = torch.autograd.grad(actual, x, direction)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(actual_grad, expected_grad, rtol=0, atol=1e-12)
     if op != 'max' and factor in (2, 4):
@@ -113,10 +114,12 @@ def max_of(tensors):
 def test_one_branch_is_timms_se_module():
     ours = SqueezeAggregatedExcitation(32, reduction=4, cardinality=1)
     theirs = SEModule(32, rd_channels=8)
-    theirs.load_state_dict({
-        name: value[:, :, None, None] if name.endswith('weight') else value
-        for name, value in ours.state_dict().items()
-    })
+    theirs.load_state_dict(
+        {
+            name: value[:, :, None, None] if name.endswith('weight') else value
+            for name, value in ours.state_dict().items()
+        }
+    )
     x = torch.randn(2, 32, 6, 6)
     torch.testing.assert_close(ours(x), theirs(x))
 
@@ -132,12 +135,15 @@ def test_gate_and_scale_rebuild_the_output():
         torch.testing.assert_close(layer.scale(x.mean((2, 3))), 1 + s if add_identity else s)
 
 
-@pytest.mark.parametrize('gate_layer, function', [
-    ('sigmoid', lambda v: 1 / (1 + (-v).exp())),
-    ('hard_sigmoid', lambda v: ((v + 3) / 6).clamp(0, 1)),
-    ('tanh', lambda v: (v.exp() - (-v).exp()) / (v.exp() + (-v).exp())),
-    (nn.Softplus, lambda v: (1 + v.exp()).log()),
-])
+@pytest.mark.parametrize(
+    'gate_layer, function',
+    [
+        ('sigmoid', lambda v: 1 / (1 + (-v).exp())),
+        ('hard_sigmoid', lambda v: ((v + 3) / 6).clamp(0, 1)),
+        ('tanh', lambda v: (v.exp() - (-v).exp()) / (v.exp() + (-v).exp())),
+        (nn.Softplus, lambda v: (1 + v.exp()).log()),
+    ],
+)
 def test_gate_layer_is_applied_to_the_second_dense_layer(gate_layer, function):
     layer = SqueezeAggregatedExcitation(16, reduction=4, gate_layer=gate_layer, act_layer=nn.Tanh)
     z = torch.randn(3, 16)
@@ -170,7 +176,9 @@ def test_branch_has_at_least_one_channel():
 def test_rd_channels_and_bias():
     layer = SqueezeAggregatedExcitation(16, cardinality=3, rd_channels=5, bias=False)
     assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == {
-        'fc1.weight': (15, 16), 'fc2.weight': (16, 15)}
+        'fc1.weight': (15, 16),
+        'fc2.weight': (16, 15),
+    }
 
 
 def test_from_branches_without_biases():
@@ -186,31 +194,37 @@ def test_from_branches_without_biases():
 # ---- bad values
 
 
-@pytest.mark.parametrize('kwargs, message', [
-    (dict(channels=0), 'channels must be a whole number of at least 1, got 0'),
-    (dict(channels=-8), 'channels .* got -8'),
-    (dict(channels=16, reduction=0), 'reduction .* got 0'),
-    (dict(channels=16, reduction=2.5), 'reduction .* got 2.5'),
-    (dict(channels=16, cardinality=-1), 'cardinality .* got -1'),
-    (dict(channels=16, cardinality=True), 'cardinality .* got True'),
-    (dict(channels=16, rd_channels=0), 'rd_channels .* got 0'),
-    (dict(channels=16, gate_layer='softmax'), "gate_layer .* got 'softmax'"),
-])
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(channels=0), 'channels must be a whole number of at least 1, got 0'),
+        (dict(channels=-8), 'channels .* got -8'),
+        (dict(channels=16, reduction=0), 'reduction .* got 0'),
+        (dict(channels=16, reduction=2.5), 'reduction .* got 2.5'),
+        (dict(channels=16, cardinality=-1), 'cardinality .* got -1'),
+        (dict(channels=16, cardinality=True), 'cardinality .* got True'),
+        (dict(channels=16, rd_channels=0), 'rd_channels .* got 0'),
+        (dict(channels=16, gate_layer='softmax'), "gate_layer .* got 'softmax'"),
+    ],
+)
 def test_sae_names_the_bad_argument_and_value(kwargs, message):
     with pytest.raises(ValueError, match=message):
         SqueezeAggregatedExcitation(**kwargs)
 
 
-@pytest.mark.parametrize('kwargs, message', [
-    (dict(branch_weights=[]), r'branch_weights .* got shapes \[\]'),
-    (dict(branch_weights=[torch.zeros(2, 6), torch.zeros(3, 6)]), r'branch_weights .*\(3, 6\)'),
-    (dict(branch_weights=[torch.zeros(6)]), r'branch_weights .*\(6,\)'),
-    (dict(out_weight=torch.zeros(4, 6)), r'out_weight must have shape \(6, 4\).* got \(4, 6\)'),
-    (dict(branch_biases=None), 'branch_biases and out_bias must be given together'),
-    (dict(out_bias=None), 'branch_biases and out_bias must be given together'),
-    (dict(branch_biases=[torch.zeros(2)]), r'branch_biases must be 2 tensors of shape \(2,\)'),
-    (dict(out_bias=torch.zeros(4)), r'out_bias must have shape \(6,\), got \(4,\)'),
-])
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(branch_weights=[]), r'branch_weights .* got shapes \[\]'),
+        (dict(branch_weights=[torch.zeros(2, 6), torch.zeros(3, 6)]), r'branch_weights .*\(3, 6\)'),
+        (dict(branch_weights=[torch.zeros(6)]), r'branch_weights .*\(6,\)'),
+        (dict(out_weight=torch.zeros(4, 6)), r'out_weight must have shape \(6, 4\).* got \(4, 6\)'),
+        (dict(branch_biases=None), 'branch_biases and out_bias must be given together'),
+        (dict(out_bias=None), 'branch_biases and out_bias must be given together'),
+        (dict(branch_biases=[torch.zeros(2)]), r'branch_biases must be 2 tensors of shape \(2,\)'),
+        (dict(out_bias=torch.zeros(4)), r'out_bias must have shape \(6,\), got \(4,\)'),
+    ],
+)
 def test_from_branches_names_the_bad_argument(kwargs, message):
     good = dict(
         branch_weights=[torch.zeros(2, 6)] * 2,
@@ -223,12 +237,15 @@ def test_from_branches_names_the_bad_argument(kwargs, message):
         SqueezeAggregatedExcitation.from_branches(**dict(good, **kwargs))
 
 
-@pytest.mark.parametrize('kwargs, message', [
-    (dict(factor=0), 'factor must be a whole number of at least 1, got 0'),
-    (dict(factor=-4), 'factor .* got -4'),
-    (dict(factor=2.0), 'factor .* got 2.0'),
-    (dict(op='median'), "op must be one of sum, mean, max, got 'median'"),
-])
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(factor=0), 'factor must be a whole number of at least 1, got 0'),
+        (dict(factor=-4), 'factor .* got -4'),
+        (dict(factor=2.0), 'factor .* got 2.0'),
+        (dict(op='median'), "op must be one of sum, mean, max, got 'median'"),
+    ],
+)
 def test_aggregation_names_the_bad_argument_and_value(kwargs, message):
     with pytest.raises(ValueError, match=message):
         ChannelAggregation(**kwargs)
@@ -247,8 +264,8 @@ def test_compile_fullgraph(layer):
     model, x = layer(), image().requires_grad_()
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     torch.testing.assert_close(compiled(x), model(x))
-    expected, = torch.autograd.grad(model(x).square().sum(), x)
-    actual, = torch.autograd.grad(compiled(x).square().sum(), x)
+    (expected,) = torch.autograd.grad(model(x).square().sum(), x)
+    (actual,) = torch.autograd.grad(compiled(x).square().sum(), x)
     torch.testing.assert_close(actual, expected)
 
 
@@ -294,10 +311,11 @@ def test_onnx(layer, tmp_path):
     model = layer().eval()
     path = tmp_path / 'layer.onnx'
     torch.onnx.export(
-        model, (image(3),), path, dynamo=True, dynamic_shapes=({0: torch.export.Dim('batch')},), verbose=False)
+        model, (image(3),), path, dynamo=True, dynamic_shapes=({0: torch.export.Dim('batch')},), verbose=False
+    )
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
     x = image(5)
-    actual, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    (actual,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(actual), model(x).detach(), rtol=1e-4, atol=1e-5)
 
 
@@ -354,5 +372,6 @@ def test_device_and_dtype_arguments_reach_the_parameters():
 
 def test_repr_tells_the_sizes():
     assert '16, cardinality=4, rd_channels=2, add_identity=True' in repr(
-        SqueezeAggregatedExcitation(16, 8, add_identity=True))
+        SqueezeAggregatedExcitation(16, 8, add_identity=True)
+    )
     assert repr(ChannelAggregation(2, 'max')) == "ChannelAggregation(factor=2, op='max')"

@@ -1,4 +1,5 @@
 """The command that tries the lift on timm's families, and the table made by it."""
+
 import sys
 
 import lift_families
@@ -27,6 +28,7 @@ def test_lift_that_changes_the_outputs_fails_the_command(monkeypatch, capsys, tm
     def broken(model):
         model.conv_stem.weight.data.mul_(2)
         return model
+
     monkeypatch.setattr(lift_families, 'lift', broken)
     assert call(monkeypatch, '--family', 'hardcorenas', '--out', tmp_path / 'table.csv') == 2
     assert 'its outputs differ by' in capsys.readouterr().err

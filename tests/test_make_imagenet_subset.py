@@ -227,7 +227,7 @@ def cut_tar(folder: Path) -> Path:
             info.size = len(png(0))
             tar.addfile(info, io.BytesIO(png(0)))
     content = (folder / 'cut.tar').read_bytes()
-    (folder / 'cut.tar').write_bytes(content[:content.index(b'n02') + 200])
+    (folder / 'cut.tar').write_bytes(content[: content.index(b'n02') + 200])
     return folder / 'cut.tar'
 
 
@@ -259,15 +259,18 @@ def double_name(folder: Path) -> Path:
     return folder / 'double'
 
 
-@pytest.mark.parametrize('source, message', [
-    (lambda folder: folder / 'nowhere', 'neither a folder nor a .tar file'),
-    (broken_tar, 'cannot be read'),
-    (cut_tar, 'is cut short'),
-    (empty_tar, 'holds no images'),
-    (empty_folder, 'holds no images'),
-    (no_classes, 'is in no class'),
-    (double_name, 'two images named a.png'),
-])
+@pytest.mark.parametrize(
+    'source, message',
+    [
+        (lambda folder: folder / 'nowhere', 'neither a folder nor a .tar file'),
+        (broken_tar, 'cannot be read'),
+        (cut_tar, 'is cut short'),
+        (empty_tar, 'holds no images'),
+        (empty_folder, 'holds no images'),
+        (no_classes, 'is in no class'),
+        (double_name, 'two images named a.png'),
+    ],
+)
 def test_bad_source_is_refused_before_anything_is_written(tmp_path, run_main, source, message):
     with pytest.raises(UserError, match=message):
         run_main(source(tmp_path), tmp_path / 'dst')

@@ -1,4 +1,5 @@
 """The models in timm's factory: sizes, trunks, options, and the whole of timm's model API."""
+
 import math
 from functools import partial
 
@@ -36,7 +37,12 @@ SMALL = ('small_cnn', 'small_secnn', 'small_saecnn')
 ALL = (*TWINS, *TRUNKS32, *SMALL)
 # One model of every kind, quick enough to run on real tensors
 QUICK = (
-    'small_saecnn', 'cifar_resnet20', 'senetv2_resnet20', 'seanet20', 'senetv2_resnet18', 'senextv2_26t_32x4d',
+    'small_saecnn',
+    'cifar_resnet20',
+    'senetv2_resnet20',
+    'seanet20',
+    'senetv2_resnet18',
+    'senextv2_26t_32x4d',
 )
 all_models = pytest.mark.parametrize('name', ALL)
 quick_models = pytest.mark.parametrize('name', QUICK)
@@ -62,21 +68,26 @@ def test_the_registered_models_are_these():
     assert sorted(timm.list_models(module=MODEL_MODULES)) == sorted(ALL)
 
 
-@pytest.mark.parametrize('name, kwargs, parameters', [
-    ('senetv2_resnet50', {}, 30_603_912),
-    ('senextv2_50', {}, 30_075_784),
-    ('seanet20', {}, 16_188_330),
-    ('seanet20', dict(num_classes=100), 16_199_940),
-    ('cifar_resnet20', {}, 272_474),
-])
+@pytest.mark.parametrize(
+    'name, kwargs, parameters',
+    [
+        ('senetv2_resnet50', {}, 30_603_912),
+        ('senextv2_50', {}, 30_075_784),
+        ('seanet20', {}, 16_188_330),
+        ('seanet20', dict(num_classes=100), 16_199_940),
+        ('cifar_resnet20', {}, 272_474),
+    ],
+)
 def test_published_parameter_counts(name, kwargs, parameters):
     assert count(meta(name, **kwargs)) == parameters
 
 
 @pytest.mark.parametrize('classes', [1000, 100, 10, 0])
 def test_sae_adds_the_published_parameters_to_resnet50(classes):
-    plain, se, sae = (meta(name, num_classes=classes, **kwargs) for name, kwargs in (
-        ('resnet50', {}), ('senetv2_resnet50', dict(sae_cardinality=1)), ('senetv2_resnet50', {})))
+    plain, se, sae = (
+        meta(name, num_classes=classes, **kwargs)
+        for name, kwargs in (('resnet50', {}), ('senetv2_resnet50', dict(sae_cardinality=1)), ('senetv2_resnet50', {}))
+    )
     assert count(sae) - count(plain) == 5_046_880
     assert count(se) - count(plain) == 1_273_048
 
@@ -161,6 +172,7 @@ def test_one_branch_with_timms_weights_is_timms_twin(name):
 
 def seanet_forward(state, x, n, op, after):
     """SEANet from its state dict in plain functions of torch, with the running statistics of its norms."""
+
     def norm(x, name):
         keys = ('running_mean', 'running_var', 'weight', 'bias')
         mean, var, weight, bias = (state[f'{name}.{k}'][:, None, None] for k in keys)
@@ -255,25 +267,28 @@ def test_sae_options_give_and_take_attention_on_32_pixel_trunks():
     assert count(meta('small_cnn', sae_cardinality=1)) == count(meta('small_secnn'))
 
 
-@pytest.mark.parametrize('name, kwargs, message', [
-    ('seanet20', dict(aggregation_factor=0), 'aggregation_factor .* got 0'),
-    ('seanet20', dict(aggregation_factor=-4), 'aggregation_factor .* got -4'),
-    ('seanet20', dict(aggregation_factor=3), 'aggregation_factor .* got 3'),
-    ('seanet20', dict(aggregation_op='median'), "aggregation_op .* got 'median'"),
-    ('seanet20', dict(aggregate_after='layer'), "aggregate_after .* got 'layer'"),
-    ('seanet20', dict(sae_reduction=0), 'sae_reduction .* got 0'),
-    ('cifar_resnet20', dict(depth=21), 'depth .* got 21'),
-    ('cifar_resnet20', dict(depth=2), 'depth .* got 2'),
-    ('cifar_resnet20', dict(aggregation_op='median'), "aggregation_op .* got 'median'"),
-    ('senetv2_resnet20', dict(sae_cardinality=-1), 'sae_cardinality .* got -1'),
-    ('senetv2_resnet20', dict(sae_cardinality=1.5), 'sae_cardinality .* got 1.5'),
-    ('small_saecnn', dict(sae_cardinality=-1), 'sae_cardinality .* at least 0, got -1'),
-    ('small_saecnn', dict(sae_cardinality=True), 'sae_cardinality .* got True'),
-    ('small_saecnn', dict(sae_reduction=-1), 'sae_reduction .* got -1'),
-    ('senetv2_resnet50', dict(sae_reduction=0), 'sae_reduction .* got 0'),
-    ('senextv2_50', dict(sae_cardinality='4'), "sae_cardinality .* got '4'"),
-    ('senextv2_50', dict(sae_cardinality=0), 'sae_cardinality .* got 0'),
-])
+@pytest.mark.parametrize(
+    'name, kwargs, message',
+    [
+        ('seanet20', dict(aggregation_factor=0), 'aggregation_factor .* got 0'),
+        ('seanet20', dict(aggregation_factor=-4), 'aggregation_factor .* got -4'),
+        ('seanet20', dict(aggregation_factor=3), 'aggregation_factor .* got 3'),
+        ('seanet20', dict(aggregation_op='median'), "aggregation_op .* got 'median'"),
+        ('seanet20', dict(aggregate_after='layer'), "aggregate_after .* got 'layer'"),
+        ('seanet20', dict(sae_reduction=0), 'sae_reduction .* got 0'),
+        ('cifar_resnet20', dict(depth=21), 'depth .* got 21'),
+        ('cifar_resnet20', dict(depth=2), 'depth .* got 2'),
+        ('cifar_resnet20', dict(aggregation_op='median'), "aggregation_op .* got 'median'"),
+        ('senetv2_resnet20', dict(sae_cardinality=-1), 'sae_cardinality .* got -1'),
+        ('senetv2_resnet20', dict(sae_cardinality=1.5), 'sae_cardinality .* got 1.5'),
+        ('small_saecnn', dict(sae_cardinality=-1), 'sae_cardinality .* at least 0, got -1'),
+        ('small_saecnn', dict(sae_cardinality=True), 'sae_cardinality .* got True'),
+        ('small_saecnn', dict(sae_reduction=-1), 'sae_reduction .* got -1'),
+        ('senetv2_resnet50', dict(sae_reduction=0), 'sae_reduction .* got 0'),
+        ('senextv2_50', dict(sae_cardinality='4'), "sae_cardinality .* got '4'"),
+        ('senextv2_50', dict(sae_cardinality=0), 'sae_cardinality .* got 0'),
+    ],
+)
 def test_bad_options_raise_naming_argument_and_value(name, kwargs, message):
     with pytest.raises(ValueError, match=message):
         meta(name, **kwargs)
@@ -359,7 +374,8 @@ def test_pruned_model_keeps_its_intermediates_and_drops_the_rest(name):
         pruned.set_grad_checkpointing()
         assert pruned.prune_intermediate_layers([index]) == [index]
         torch.testing.assert_close(
-            pruned.forward_intermediates(x, indices=[index], intermediates_only=True)[0], expected[index])
+            pruned.forward_intermediates(x, indices=[index], intermediates_only=True)[0], expected[index]
+        )
         torch.testing.assert_close(pruned.forward_features(x), expected[index])
         assert count(pruned) < whole
     model.prune_intermediate_layers([len(expected) - 1], prune_head=False)
@@ -393,7 +409,10 @@ def test_global_pool(name, global_pool):
     features = model.forward_features(x)
     mean, maximum = features.mean((2, 3)), features.amax((2, 3))
     expected = {
-        'avg': mean, 'max': maximum, 'avgmax': (mean + maximum) / 2, 'catavgmax': torch.cat([mean, maximum], 1),
+        'avg': mean,
+        'max': maximum,
+        'avgmax': (mean + maximum) / 2,
+        'catavgmax': torch.cat([mean, maximum], 1),
         '': features,
     }[global_pool]
     torch.testing.assert_close(model.forward_head(features, pre_logits=True), expected)
@@ -417,8 +436,9 @@ def test_group_matcher_decays_the_learning_rate_layer_by_layer(name):
     assert scales[first_conv] == min(scales.values())
     stages = [[v for k, v in scales.items() if k.startswith(f'layer{i}.')] for i in (1, 2, 3)]
     assert max(stages[0]) < min(stages[1]) and max(stages[1]) < min(stages[2]) < 1
-    n_blocks = sum(1 for k, _ in model.named_modules() if k.startswith('layer') and k.count('.') == 1
-                   and k.split('.')[1].isdigit())
+    n_blocks = sum(
+        1 for k, _ in model.named_modules() if k.startswith('layer') and k.count('.') == 1 and k.split('.')[1].isdigit()
+    )
     # stem, a group for each block (in the small CNN for each stage), the classifier
     assert len(set(scales.values())) == 2 + (n_blocks or 3)
 
@@ -491,9 +511,10 @@ def test_dropping_every_branch_leaves_the_shortcuts(name):
             timm.create_model(name, drop_path_rate=0.1)
         return
     model = timm.create_model(name, drop_path_rate=0.1).train()
-    block = next(m for m in model.modules() if isinstance(getattr(m, 'drop_path', None), DropPath)
-                 and m.downsample is None)
-    block.drop_path.drop_prob = 1.
+    block = next(
+        m for m in model.modules() if isinstance(getattr(m, 'drop_path', None), DropPath) and m.downsample is None
+    )
+    block.drop_path.drop_prob = 1.0
     width = block.conv1.in_channels
     x = torch.rand(2, width, 8, 8)
     torch.testing.assert_close(block(x), x)
@@ -546,16 +567,19 @@ def test_compile_fullgraph_and_export_with_a_dynamic_batch(name):
 # ---- checkpoints
 
 
-@pytest.mark.parametrize('name, kwargs', [
-    ('small_cnn', dict(num_classes=5)),
-    ('small_saecnn', dict(sae_cardinality=2, sae_reduction=8, sae_add_identity=True, widths=(8, 16, 32))),
-    ('cifar_resnet20', dict(num_classes=100, depth=14, global_pool='avgmax')),
-    ('cifar_seresnet20', dict(sae_reduction=4, in_chans=1)),
-    ('senetv2_resnet20', dict(sae_cardinality=8, sae_add_identity=True, drop_path_rate=0.1)),
-    ('seanet20', dict(aggregation_factor=2, aggregation_op='max', aggregate_after='block', widths=(16, 32, 64))),
-    ('senetv2_resnet18', dict(sae_reduction=16, sae_cardinality=2, sae_add_identity=True, num_classes=11)),
-    ('senextv2_26t_32x4d', dict(sae_reduction=8, sae_cardinality=1, num_classes=3, drop_rate=0.2)),
-])
+@pytest.mark.parametrize(
+    'name, kwargs',
+    [
+        ('small_cnn', dict(num_classes=5)),
+        ('small_saecnn', dict(sae_cardinality=2, sae_reduction=8, sae_add_identity=True, widths=(8, 16, 32))),
+        ('cifar_resnet20', dict(num_classes=100, depth=14, global_pool='avgmax')),
+        ('cifar_seresnet20', dict(sae_reduction=4, in_chans=1)),
+        ('senetv2_resnet20', dict(sae_cardinality=8, sae_add_identity=True, drop_path_rate=0.1)),
+        ('seanet20', dict(aggregation_factor=2, aggregation_op='max', aggregate_after='block', widths=(16, 32, 64))),
+        ('senetv2_resnet18', dict(sae_reduction=16, sae_cardinality=2, sae_add_identity=True, num_classes=11)),
+        ('senextv2_26t_32x4d', dict(sae_reduction=8, sae_cardinality=1, num_classes=3, drop_rate=0.2)),
+    ],
+)
 def test_saved_checkpoint_rebuilds_itself_with_equal_logits(name, kwargs, tmp_path):
     model = timm.create_model(name, **kwargs).eval()
     for m in model.modules():

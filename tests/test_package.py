@@ -1,4 +1,5 @@
 """The package's own names: what an editor sees without running it is what a program gets."""
+
 import ast
 import importlib
 from pathlib import Path

@@ -1,4 +1,5 @@
 """The pretrained tags and the lift of SE weights into SaE while a checkpoint is loaded."""
+
 import csv
 import dataclasses
 import json
@@ -73,7 +74,8 @@ def test_config_is_that_of_the_source(model, source):
     assert ours.hf_hub_id == f'timm/{source}'
     assert (ours.architecture, ours.tag) == (model, f'se_{source.split(".")[1]}')
     assert dataclasses.replace(ours, architecture=None, tag=None) == dataclasses.replace(
-        theirs, architecture=None, tag=None)
+        theirs, architecture=None, tag=None
+    )
 
 
 def test_source_that_timm_lacks_is_left_out():
@@ -111,8 +113,9 @@ def assert_lifted_logits_equal(model: str, atol: float, dtype: torch.dtype) -> f
     assert difference <= atol
 
 
-@pytest.mark.parametrize('model', [
-    pytest.param(model, marks=() if model in QUICK else pytest.mark.slow) for model in ARCHITECTURES])
+@pytest.mark.parametrize(
+    'model', [pytest.param(model, marks=() if model in QUICK else pytest.mark.slow) for model in ARCHITECTURES]
+)
 def test_lifted_logits_equal_source(model):
     assert_lifted_logits_equal(model, 1e-4, torch.float32)
 
@@ -151,7 +154,7 @@ def test_one_training_step_changes_every_fresh_column():
     torch.nn.functional.cross_entropy(model(batch), torch.arange(32)).backward()
     optimizer.step()
     for name, layer in sae_layers(model).items():
-        fresh = layer.fc2.weight[:, source.get_submodule(name).fc1.out_channels:]
+        fresh = layer.fc2.weight[:, source.get_submodule(name).fc1.out_channels :]
         assert fresh.shape[1] and fresh.any(0).all(), name
 
 
@@ -166,12 +169,14 @@ def test_lift_with_other_classes_keeps_the_features(seresnet18):
     torch.testing.assert_close(target.forward_features(x), source.forward_features(x), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(('model', 'source_name'), [
-    ('senetv2_resnet18', 'seresnet18'), ('senextv2_26d_32x4d', 'seresnext26d_32x4d')])
+@pytest.mark.parametrize(
+    ('model', 'source_name'), [('senetv2_resnet18', 'seresnet18'), ('senextv2_26d_32x4d', 'seresnext26d_32x4d')]
+)
 def test_lift_with_one_input_channel_equals_timms_own_adaptation(model, source_name):
     source = se_source(source_name)
     gray = timm.create_model(
-        source_name, pretrained=True, pretrained_cfg_overlay=dict(state_dict=source.state_dict()), in_chans=1).eval()
+        source_name, pretrained=True, pretrained_cfg_overlay=dict(state_dict=source.state_dict()), in_chans=1
+    ).eval()
     x = images(chans=1)
     torch.testing.assert_close(lifted(model, source, in_chans=1)(x), gray(x), rtol=0, atol=1e-4)
 
@@ -185,11 +190,14 @@ def test_lift_with_features_only(seresnet18):
         torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize('sizes', [
-    dict(sae_cardinality=8),
-    dict(sae_reduction=8),
-    dict(sae_cardinality=1, sae_reduction=8),
-])
+@pytest.mark.parametrize(
+    'sizes',
+    [
+        dict(sae_cardinality=8),
+        dict(sae_reduction=8),
+        dict(sae_cardinality=1, sae_reduction=8),
+    ],
+)
 def test_lift_into_other_sizes_while_there_is_room(sizes, seresnet18):
     source = seresnet18
     x = images()
@@ -296,4 +304,5 @@ def test_directory_of_a_source_loads_as_ours_under_our_architecture(tmp_path, se
     (tmp_path / 'config.json').write_text(json.dumps(config))
     x = images()
     torch.testing.assert_close(
-        timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()(x), source(x), rtol=0, atol=1e-4)
+        timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()(x), source(x), rtol=0, atol=1e-4
+    )

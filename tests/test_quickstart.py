@@ -29,7 +29,9 @@ def digits_run(tmp_path_factory):
     out = tmp_path_factory.mktemp('quickstart') / 'out'
     done = subprocess.run(
         [sys.executable, SCRIPT, '--models', 'small_cnn', '--epochs', '1', '--out', out],
-        capture_output=True, text=True, check=True,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return out, done.stdout
 
@@ -51,7 +53,11 @@ def folder(tmp_path_factory):
 def test_run_writes_a_model_a_table_and_a_picture(digits_run):
     out, text = digits_run
     assert sorted(snapshot(out)) == [
-        'quickstart.png', 'results.csv', 'small_cnn/config.json', 'small_cnn/model.safetensors']
+        'quickstart.png',
+        'results.csv',
+        'small_cnn/config.json',
+        'small_cnn/model.safetensors',
+    ]
     with Image.open(out / 'quickstart.png') as picture:
         assert picture.width > 1000 and len(np.unique(picture.convert('L').resize((64, 64)))) > 20
     (row,) = csv.DictReader((out / 'results.csv').open())
@@ -70,7 +76,8 @@ def test_saved_model_has_the_accuracy_the_table_says(digits_run):
         predicted = model(torch.stack([transform(image) for image, _ in test])).argmax(1)
     (row,) = csv.DictReader((out / 'results.csv').open())
     assert 100 * (predicted == torch.tensor(test.targets)).float().mean() == pytest.approx(
-        float(row['test_accuracy']), abs=0.3)  # one image of 450: another batch size rounds otherwise
+        float(row['test_accuracy']), abs=0.3
+    )  # one image of 450: another batch size rounds otherwise
 
 
 def test_same_seed_gives_the_same_result_whatever_else_is_trained(folder, tmp_path):
@@ -103,7 +110,9 @@ def test_interrupted_run_leaves_the_last_one_alone(digits_run, tmp_path):
 
     process = subprocess.Popen(
         [sys.executable, SCRIPT, '--models', 'small_cnn', '--epochs', '1000', '--out', out],
-        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
         # a background job of a shell without job control inherits that Ctrl-C is ignored; nobody could interrupt it
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -121,9 +130,18 @@ def test_interrupted_run_leaves_the_last_one_alone(digits_run, tmp_path):
 def test_killed_run_is_cleaned_up_by_the_next(folder, tmp_path):
     (tmp_path / 'out.unfinished').mkdir()
     (tmp_path / 'out.unfinished' / 'old.safetensors').touch()
-    quickstart.main([
-        '--dataset', str(folder), '--models', 'small_cnn', '--epochs', '1', '--out', str(tmp_path / 'out'),
-    ])
+    quickstart.main(
+        [
+            '--dataset',
+            str(folder),
+            '--models',
+            'small_cnn',
+            '--epochs',
+            '1',
+            '--out',
+            str(tmp_path / 'out'),
+        ]
+    )
     assert [p.name for p in tmp_path.iterdir()] == ['out']
     assert not (tmp_path / 'out' / 'old.safetensors').exists()
 
@@ -138,7 +156,8 @@ def test_help_needs_nothing_installed(tmp_path):
 def test_bad_input_is_one_plain_line_and_exit_code_2(tmp_path):
     done = subprocess.run(
         [sys.executable, SCRIPT, '--models', 'senetv2_resnet21', '--out', tmp_path / 'out'],
-        capture_output=True, text=True,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: unknown model 'senetv2_resnet21'; did you mean")
@@ -147,11 +166,14 @@ def test_bad_input_is_one_plain_line_and_exit_code_2(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('args, culprit', [
-    (['--dataset', 'no/such/folder'], 'no/such/folder'),
-    (['--epochs', '0'], '--epochs'),
-    (['--seed', '-1'], '--seed'),
-])
+@pytest.mark.parametrize(
+    'args, culprit',
+    [
+        (['--dataset', 'no/such/folder'], 'no/such/folder'),
+        (['--epochs', '0'], '--epochs'),
+        (['--seed', '-1'], '--seed'),
+    ],
+)
 def test_bad_input_names_the_culprit(args, culprit, tmp_path):
     with pytest.raises(UserError, match=culprit):
         quickstart.main([*args, '--models', 'small_cnn', '--out', str(tmp_path / 'out')])
@@ -184,8 +206,16 @@ def test_corrupt_image_is_named_and_nothing_is_left(folder, tmp_path):
     broken = tmp_path / 'images' / 'red' / '3.png'
     broken.write_bytes(broken.read_bytes()[:60])
     with pytest.raises(UserError, match=str(broken)):
-        quickstart.main([
-            '--dataset', str(tmp_path / 'images'), '--models', 'small_cnn', '--epochs', '1',
-            '--out', str(tmp_path / 'out'),
-        ])
+        quickstart.main(
+            [
+                '--dataset',
+                str(tmp_path / 'images'),
+                '--models',
+                'small_cnn',
+                '--epochs',
+                '1',
+                '--out',
+                str(tmp_path / 'out'),
+            ]
+        )
     assert [p.name for p in tmp_path.iterdir()] == ['images']

@@ -1,4 +1,5 @@
 """The README and CONTRIBUTING hold what they promise: snippets run, links lead somewhere, options exist."""
+
 import csv
 import re
 import shlex
@@ -33,7 +34,10 @@ COMMANDS = [
 def test_the_two_commands_come_first():
     first = README.split('```')[1].splitlines()
     assert [line.partition('#')[0].strip() for line in first] == [
-        'bash', 'bash scripts/quickstart.sh', 'bash scripts/test.sh']
+        'bash',
+        'bash scripts/quickstart.sh',
+        'bash scripts/test.sh',
+    ]
 
 
 @pytest.mark.parametrize('snippet', SNIPPETS, ids=lambda s: s.strip().splitlines()[-1][:40])
@@ -49,7 +53,7 @@ def test_python_snippet_runs(snippet, tmp_path):
 def test_command_names_a_script_and_options_that_exist(command):
     words = shlex.split(command, comments=True)
     position = next(i for i, word in enumerate(words) if word.startswith('scripts/'))
-    script, arguments = ROOT / words[position], words[position + 1:]
+    script, arguments = ROOT / words[position], words[position + 1 :]
     assert script.is_file()
     if script.name == 'train.py':
         # all but a few options are timm's; the recipes have tests of their own

@@ -15,7 +15,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 RECIPES = sorted((Path(__file__).parents[1] / 'scripts' / 'recipes').glob('*.yaml'))
 needs_timm_repo = pytest.mark.skipif(
     not os.environ.get('TIMM_REPO'),
-    reason=f'timm\'s train.py is not in its wheel: set TIMM_REPO to a checkout of timm v{timm.__version__}',
+    reason=f"timm's train.py is not in its wheel: set TIMM_REPO to a checkout of timm v{timm.__version__}",
 )
 each_recipe = pytest.mark.parametrize('recipe', RECIPES, ids=lambda p: p.stem)
 
@@ -27,6 +27,7 @@ def load(recipe: Path) -> dict:
 @pytest.fixture
 def parse(monkeypatch):
     """train.py's own parsing of its command line."""
+
     def parse(*argv: str):
         with monkeypatch.context() as m:
             m.setattr(sys, 'argv', ['train.py', *argv])
@@ -38,8 +39,15 @@ def parse(monkeypatch):
 
 def test_there_is_a_recipe_for_every_case():
     assert {recipe.stem for recipe in RECIPES} == {
-        'senetv2_resnet50_rsb_a2', 'senextv2_50_rsb_a2', 'senetv2_resnet50_adam', 'senextv2_50_adam',
-        'senetv2_resnet50_finetune', 'seanet20_cifar10', 'seanet20_cifar100', 'senetv2_resnet20_fashion_mnist'}
+        'senetv2_resnet50_rsb_a2',
+        'senextv2_50_rsb_a2',
+        'senetv2_resnet50_adam',
+        'senextv2_50_adam',
+        'senetv2_resnet50_finetune',
+        'seanet20_cifar10',
+        'seanet20_cifar100',
+        'senetv2_resnet20_fashion_mnist',
+    }
 
 
 @each_recipe
@@ -67,7 +75,7 @@ def test_every_setting_is_one_that_train_py_would_take_on_its_command_line(recip
     parser, from_config = parse('--config', str(recipe))
     argv = []
     for name, value in load(recipe).items():
-        option, = [a.option_strings[-1] for a in parser._actions if a.dest == name]  # argparse has no public list
+        (option,) = [a.option_strings[-1] for a in parser._actions if a.dest == name]  # argparse has no public list
         if isinstance(value, dict):
             argv += [option, *(f'{k}={v}' for k, v in value.items())]
         elif value is True:
@@ -91,21 +99,27 @@ def test_timm_builds_optimizer_schedule_and_transforms_from_it(recipe, parse):
     schedule.step(args.warmup_epochs)
     assert optimizer.param_groups[0]['lr'] == pytest.approx(args.lr, rel=0.05)
     transform = create_transform(
-        tuple(args.input_size or model.pretrained_cfg['input_size']), is_training=True, scale=args.scale,
-        ratio=args.ratio, color_jitter=args.color_jitter, auto_augment=args.aa, interpolation=args.train_interpolation)
+        tuple(args.input_size or model.pretrained_cfg['input_size']),
+        is_training=True,
+        scale=args.scale,
+        ratio=args.ratio,
+        color_jitter=args.color_jitter,
+        auto_augment=args.aa,
+        interpolation=args.train_interpolation,
+    )
     assert ('ColorJitter' in str(transform)) == (args.color_jitter is not None and args.aa is None)
 
 
 @needs_timm_repo
 @pytest.mark.parametrize('classes', [10, 100])
 def test_cifar_recipes_follow_the_papers_protocol(classes, parse):
-    recipe, = [r for r in RECIPES if r.stem == f'seanet20_cifar{classes}']
+    (recipe,) = [r for r in RECIPES if r.stem == f'seanet20_cifar{classes}']
     args = parse('--config', str(recipe))[1]
     model = timm.create_model(args.model, num_classes=args.num_classes)
     assert sum(p.numel() for p in model.parameters()) == {10: 16_188_330, 100: 16_199_940}[classes]
     optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     assert type(optimizer) is torch.optim.SGD
-    group, = optimizer.param_groups  # one: norms and biases decay too
+    (group,) = optimizer.param_groups  # one: norms and biases decay too
     assert (group['momentum'], group['weight_decay'], group['nesterov']) == (0.9, 1e-4, False)
     schedule, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=782)
     rates = []

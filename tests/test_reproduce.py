@@ -51,7 +51,8 @@ def finished(tmp_path_factory) -> Path:
 def test_one_row_a_run_with_final_and_best_accuracy(finished):
     results, curves = rows(finished), rows(finished, 'curves.csv')
     assert [(row['model'], row['seed']) for row in results] == [
-        (model, seed) for seed in '01' for model in ('small_cnn', 'small_saecnn:sae_reduction=8')]
+        (model, seed) for seed in '01' for model in ('small_cnn', 'small_saecnn:sae_reduction=8')
+    ]
     for row in results:
         epochs = [float(c['accuracy']) for c in curves if c['run'] == row['run']]
         assert len(epochs) == 3
@@ -66,16 +67,16 @@ def test_one_row_a_run_with_final_and_best_accuracy(finished):
 def test_a_model_learns_a_whole_set(tmp_path):
     arguments = [*DIGITS, '--batch-size', '64', '--device', 'cpu']
     reproduce.main([*arguments, '--models', 'small_saecnn', '--epochs', '4', '--out', str(tmp_path)])
-    row, = rows(tmp_path)
+    (row,) = rows(tmp_path)
     assert float(row['accuracy']) > 90
 
 
 def test_saved_weights_have_the_accuracy_that_was_written_down(finished):
     data = load_dataset('digits', limit=48)
-    transform = create_transform((3, 8, 8), mean=data.mean, std=data.std, interpolation='bilinear', crop_pct=1.)
+    transform = create_transform((3, 8, 8), mean=data.mean, std=data.std, interpolation='bilinear', crop_pct=1.0)
     images = torch.stack([transform(image) for image, _ in data.test])
     for row in rows(finished):
-        spec, = parse_specs(row['model'])
+        (spec,) = parse_specs(row['model'])
         model = spec.create(10).eval()
         timm.models.load_checkpoint(model, str(finished / 'weights' / f'{row["run"]}.safetensors'))
         with torch.inference_mode():
@@ -164,7 +165,8 @@ def test_a_run_of_another_process_is_left_to_it_and_made_if_that_one_stops(finis
     with reproduce.claimed(tmp_path / 'runs' / first['run']) as ours:
         assert ours
         process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            [sys.executable, str(SCRIPT), *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
         assert process.stdout.readline().startswith('small_cnn seed 0: left to another process')
         assert process.stdout.readline().startswith('small_saecnn:sae_reduction=8 seed 0: accuracy')
         assert process.poll() is None
@@ -184,7 +186,8 @@ def test_batches_from_memory_are_crops_and_flips_of_every_image_once():
     images = torch.from_numpy(rng.integers(1, 256, (10, 6, 6, 3), dtype=np.uint8))
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     batches = MemoryBatches(
-        images, torch.arange(10), settings(batch_size=5, crop_padding=2, hflip=True), mean, std, training=True)
+        images, torch.arange(10), settings(batch_size=5, crop_padding=2, hflip=True), mean, std, training=True
+    )
     shift = torch.tensor(mean).view(3, 1, 1)
     scale = torch.tensor(std).view(3, 1, 1)
     seen, moved, flipped = [], 0, 0
@@ -194,12 +197,14 @@ def test_batches_from_memory_are_crops_and_flips_of_every_image_once():
                 padded = torch.nn.functional.pad(images[target].permute(2, 0, 1), (2, 2, 2, 2))
                 crops = {
                     (y, x, flip): (crop.flip(2) if flip else crop)
-                    for y in range(5) for x in range(5) for flip in (False, True)
-                    for crop in [padded[:, y:y + 6, x:x + 6]]
+                    for y in range(5)
+                    for x in range(5)
+                    for flip in (False, True)
+                    for crop in [padded[:, y : y + 6, x : x + 6]]
                 }
                 found = [
-                    key for key, crop in crops.items()
-                    if torch.allclose(image, (crop / 255 - shift) / scale, atol=1e-5)]
+                    key for key, crop in crops.items() if torch.allclose(image, (crop / 255 - shift) / scale, atol=1e-5)
+                ]
                 assert len(found) == 1
                 moved += found[0][:2] != (2, 2)
                 flipped += found[0][2]
@@ -215,7 +220,7 @@ def test_test_batches_are_what_timms_transform_gives(monkeypatch, read_at_once):
     data = load_dataset('digits', limit=20)
     batches = Batches(data, settings(image_size=20, batch_size=8), workers=0)
     _, test = batches.of(timm.create_model('small_cnn'))
-    transform = create_transform((3, 20, 20), mean=data.mean, std=data.std, interpolation='bilinear', crop_pct=1.)
+    transform = create_transform((3, 20, 20), mean=data.mean, std=data.std, interpolation='bilinear', crop_pct=1.0)
     expected = torch.stack([transform(image) for image, _ in ArrayImages(data.test.images, data.test.targets)])
     torch.testing.assert_close(torch.cat([images for images, _ in test.batches(0)]), expected)
 
@@ -236,8 +241,23 @@ def folder(tmp_path) -> Path:
 def test_an_image_folder_trains_the_same_with_any_workers_and_resumes(folder, tmp_path, monkeypatch, fits):
     if not fits:
         monkeypatch.setattr(_batches, 'MEMORY_LIMIT', 0)
-    arguments = ['--dataset', str(folder), '--image-size', '8', '--models', 'small_cnn', '--epochs', '2',
-                 '--batch-size', '4', '--device', 'cpu', '--workers', '0', '--out']
+    arguments = [
+        '--dataset',
+        str(folder),
+        '--image-size',
+        '8',
+        '--models',
+        'small_cnn',
+        '--epochs',
+        '2',
+        '--batch-size',
+        '4',
+        '--device',
+        'cpu',
+        '--workers',
+        '0',
+        '--out',
+    ]
     used = []
     init = LoaderBatches.__init__
     monkeypatch.setattr(LoaderBatches, '__init__', lambda self, *args: (used.append(self), init(self, *args))[1])
@@ -262,7 +282,7 @@ def test_an_image_folder_trains_the_same_with_any_workers_and_resumes(folder, tm
 @pytest.mark.parametrize('dataset', ['digits', 'folder'])
 def test_all_models_of_a_grid_get_the_same_pixels(folder, monkeypatch, dataset):
     """timm's configs of these two want other interpolations and crops of the same image."""
-    monkeypatch.setattr(_batches, 'MEMORY_LIMIT', 0 if dataset == 'folder' else 2 ** 30)
+    monkeypatch.setattr(_batches, 'MEMORY_LIMIT', 0 if dataset == 'folder' else 2**30)
     data = load_dataset('digits', limit=20) if dataset == 'digits' else load_dataset(str(folder))
     seen = []
     for name in ('resnet50', 'senetv2_resnet50', 'cifar_resnet20'):
@@ -277,10 +297,11 @@ def test_the_loaders_augmentation_is_of_epoch_and_image(folder, monkeypatch):
     monkeypatch.setattr(_batches, 'MEMORY_LIMIT', 0)
     data = load_dataset(str(folder))
     training, _ = Batches(data, settings(image_size=8, batch_size=12, crop_padding=4), 0).of(
-        timm.create_model('small_cnn'))
-    (one, _), = training.batches(0)
-    (again, _), = training.batches(0)
-    (other, _), = training.batches(1)
+        timm.create_model('small_cnn')
+    )
+    ((one, _),) = training.batches(0)
+    ((again, _),) = training.batches(0)
+    ((other, _),) = training.batches(1)
     assert torch.equal(one, again)
     assert not torch.equal(one.sum((1, 2, 3)).sort().values, other.sum((1, 2, 3)).sort().values)
     before = torch.get_rng_state()
@@ -291,7 +312,8 @@ def test_the_loaders_augmentation_is_of_epoch_and_image(folder, monkeypatch):
 def test_protocols_are_the_papers():
     def built(protocol: str):
         args = reproduce.parse_args(
-            ['--models', 'small_cnn', '--dataset', 'cifar10', '--out', 'x', '--protocol', protocol])
+            ['--models', 'small_cnn', '--dataset', 'cifar10', '--out', 'x', '--protocol', protocol]
+        )
         chosen = reproduce.settings_of(args)
         model = timm.create_model('cifar_resnet20')
         return chosen, make_optimizer(model, chosen, updates=10)
@@ -317,14 +339,16 @@ def test_protocols_are_the_papers():
         rates.append(optimizer.param_groups[0]['lr'])
     top = rates.index(max(rates))
     assert top == pytest.approx(0.2 * len(rates), abs=1) and max(rates) == pytest.approx(0.1, rel=0.05)
-    assert rates[:top + 1] == sorted(rates[:top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
+    assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
     assert rates[-1] < 1e-3
 
 
 def test_specs_expand_to_their_grid():
     assert [str(s) for s in parse_specs('senetv2_resnet20:sae_cardinality=1|2,sae_reduction=8')] == [
-        'senetv2_resnet20:sae_cardinality=1,sae_reduction=8', 'senetv2_resnet20:sae_cardinality=2,sae_reduction=8']
-    spec, = parse_specs('cifar_resnet20:widths=[8, 16,32],aggregation_op=max')
+        'senetv2_resnet20:sae_cardinality=1,sae_reduction=8',
+        'senetv2_resnet20:sae_cardinality=2,sae_reduction=8',
+    ]
+    (spec,) = parse_specs('cifar_resnet20:widths=[8, 16,32],aggregation_op=max')
     assert dict(spec.options) == {'widths': [8, 16, 32], 'aggregation_op': 'max'}
     assert spec.create(10).num_features == 32
     assert len({spec, *parse_specs('cifar_resnet20:widths=[8,16,32],aggregation_op=max')}) == 1
@@ -349,7 +373,7 @@ def test_paired_difference_agrees_with_an_independent_computation():
 def test_difference_of_other_seeds_is_unpaired():
     a, b = [91.2, 90.4, 92.0], [90.0, 90.6, 90.9, 90.1]
     va, vb = statistics.variance(a) / 3, statistics.variance(b) / 4
-    degrees = (va + vb) ** 2 / (va ** 2 / 2 + vb ** 2 / 3)  # Welch-Satterthwaite
+    degrees = (va + vb) ** 2 / (va**2 / 2 + vb**2 / 3)  # Welch-Satterthwaite
     mean = statistics.mean(a) - statistics.mean(b)
     half = students_quantile(0.975, degrees) * math.sqrt(va + vb)
     result = difference(dict(zip('012', a, strict=True)), dict(zip('3456', b, strict=True)))
@@ -358,10 +382,10 @@ def test_difference_of_other_seeds_is_unpaired():
 
 
 def test_difference_of_equal_runs_and_of_one_seed():
-    assert str(difference({'0': 90., '1': 91.}, {'0': 90., '1': 91.})) == '+0.00 [+0.00, +0.00]'
-    assert str(difference({'0': 90., '1': 91.}, {'0': 90.001, '1': 91.001})) == '+0.00 [+0.00, +0.00]'
-    assert str(difference({'0': 90.}, {'0': 91.})) == '-1.00 (one seed)'
-    assert str(difference({'0': 90.}, {'1': 91.})) == '-1.00 (one seed) unpaired'
+    assert str(difference({'0': 90.0, '1': 91.0}, {'0': 90.0, '1': 91.0})) == '+0.00 [+0.00, +0.00]'
+    assert str(difference({'0': 90.0, '1': 91.0}, {'0': 90.001, '1': 91.001})) == '+0.00 [+0.00, +0.00]'
+    assert str(difference({'0': 90.0}, {'0': 91.0})) == '-1.00 (one seed)'
+    assert str(difference({'0': 90.0}, {'1': 91.0})) == '-1.00 (one seed) unpaired'
 
 
 def test_table_and_plots_are_made_from_the_rows(finished):
@@ -371,45 +395,49 @@ def test_table_and_plots_are_made_from_the_rows(finished):
         by_model.setdefault(row['model'], []).append(float(row['accuracy']))
     for model, accuracy in by_model.items():
         assert re.search(
-            rf'`{model}` .* \| {statistics.mean(accuracy):.2f} ± {statistics.stdev(accuracy):.2f} \|', text)
+            rf'`{model}` .* \| {statistics.mean(accuracy):.2f} ± {statistics.stdev(accuracy):.2f} \|', text
+        )
     assert 'best epoch' in text and str(finished) in text
     for name in ('accuracy_vs_parameters.png', 'curves.png'):
         assert Image.open(finished / name).width > 500
     assert table(read_csv(finished / 'results.csv', reproduce.RESULTS), 'small_cnn') in text
 
 
-@pytest.mark.parametrize('change, says', [
-    (['--protocol', 'imagenet'], "unknown protocol 'imagenet': choose seanet"),
-    (['--models', 'senetv2_resnet21'], "unknown model 'senetv2_resnet21'; did you mean senetv2_resnet"),
-    (['--models', 'small_cnn:sae_cardinality'], 'expected key=value'),
-    (['--models', 'small_cnn:sae_cardinality=-1'], 'sae_cardinality must be a whole number'),
-    (['--models', 'small_cnn:colour=1'], "unexpected keyword argument 'colour'"),
-    (['--models', 'cifar_resnet20:widths=[-1,2,3]'], 'cannot be built'),
-    (['--models', 'small_cnn:checkpoint_path=nowhere'], 'cannot be built'),
-    (['--models', 'vit_tiny_patch16_224'], 'cannot take images of 3 x 8 x 8'),
-    (['--models', 'small_cnn:in_chans=1'], 'or other options'),
-    (['--models', 'resnet18:features_only=True'], 'is no classifier'),
-    (['--models', 'small_cnn:num_classes=3'], 'cannot be built'),
-    (['--baseline', 'seanet20'], '--baseline seanet20 must be one of the models: small_cnn, small_saecnn'),
-    (['--baseline', 'small_saecnn:sae_reduction=8|16'], 'must be one of the models'),
-    (['--baseline', 'nothing'], "unknown model 'nothing'"),
-    (['--dataset', 'imagenet'], "unknown dataset 'imagenet'"),
-    (['--opt', 'sgdx'], "unknown optimizer 'sgdx'"),
-    (['--epochs', '0'], '--epochs must be at least 1'),
-    (['--opt', 'adahessian'], '--opt adahessian cannot be used here'),
-    (['--lr', 'nan'], '--lr must be above 0'),
-    (['--lr', 'inf'], '--lr must be above 0 and finite'),
-    (['--weight-decay', '-1'], '--weight-decay must be at least 0'),
-    (['--weight-decay', 'nan'], '--weight-decay must be at least 0'),
-    (['--weight-decay', 'inf'], '--weight-decay must be finite'),
-    (['--image-size', '0'], '--image-size must be at least 1'),
-    (['--seeds', '0', '-1'], '--seeds must be at least 0'),
-    (['--seeds', str(2 ** 63)], '--seeds must be below'),
-    (['--out', ''], '--out needs'),
-    (['--ema-decay', '1'], '--ema-decay must be'),
-    (['--limit', '0'], 'limit of images'),
-    (['--dataset', 'fashion-mnist', '--data-dir', 'nowhere', '--no-download'], 'Fashion-MNIST is not in nowhere'),
-])
+@pytest.mark.parametrize(
+    'change, says',
+    [
+        (['--protocol', 'imagenet'], "unknown protocol 'imagenet': choose seanet"),
+        (['--models', 'senetv2_resnet21'], "unknown model 'senetv2_resnet21'; did you mean senetv2_resnet"),
+        (['--models', 'small_cnn:sae_cardinality'], 'expected key=value'),
+        (['--models', 'small_cnn:sae_cardinality=-1'], 'sae_cardinality must be a whole number'),
+        (['--models', 'small_cnn:colour=1'], "unexpected keyword argument 'colour'"),
+        (['--models', 'cifar_resnet20:widths=[-1,2,3]'], 'cannot be built'),
+        (['--models', 'small_cnn:checkpoint_path=nowhere'], 'cannot be built'),
+        (['--models', 'vit_tiny_patch16_224'], 'cannot take images of 3 x 8 x 8'),
+        (['--models', 'small_cnn:in_chans=1'], 'or other options'),
+        (['--models', 'resnet18:features_only=True'], 'is no classifier'),
+        (['--models', 'small_cnn:num_classes=3'], 'cannot be built'),
+        (['--baseline', 'seanet20'], '--baseline seanet20 must be one of the models: small_cnn, small_saecnn'),
+        (['--baseline', 'small_saecnn:sae_reduction=8|16'], 'must be one of the models'),
+        (['--baseline', 'nothing'], "unknown model 'nothing'"),
+        (['--dataset', 'imagenet'], "unknown dataset 'imagenet'"),
+        (['--opt', 'sgdx'], "unknown optimizer 'sgdx'"),
+        (['--epochs', '0'], '--epochs must be at least 1'),
+        (['--opt', 'adahessian'], '--opt adahessian cannot be used here'),
+        (['--lr', 'nan'], '--lr must be above 0'),
+        (['--lr', 'inf'], '--lr must be above 0 and finite'),
+        (['--weight-decay', '-1'], '--weight-decay must be at least 0'),
+        (['--weight-decay', 'nan'], '--weight-decay must be at least 0'),
+        (['--weight-decay', 'inf'], '--weight-decay must be finite'),
+        (['--image-size', '0'], '--image-size must be at least 1'),
+        (['--seeds', '0', '-1'], '--seeds must be at least 0'),
+        (['--seeds', str(2**63)], '--seeds must be below'),
+        (['--out', ''], '--out needs'),
+        (['--ema-decay', '1'], '--ema-decay must be'),
+        (['--limit', '0'], 'limit of images'),
+        (['--dataset', 'fashion-mnist', '--data-dir', 'nowhere', '--no-download'], 'Fashion-MNIST is not in nowhere'),
+    ],
+)
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(tmp_path, monkeypatch, change, says):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
@@ -419,13 +447,16 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize('name', ['results.csv', 'curves.csv'])
-@pytest.mark.parametrize('damage', [
-    lambda text: text.replace('format,', 'version,', 1),
-    lambda text: re.sub(r'^1,', '0,', text, flags=re.MULTILINE),
-    lambda text: text[:-len(text.splitlines()[-1]) // 2],
-    lambda text: re.sub(r',small_cnn,0,', ',small_cnn,zero,', text),
-    lambda text: text.replace('small', '\udcff'),
-])
+@pytest.mark.parametrize(
+    'damage',
+    [
+        lambda text: text.replace('format,', 'version,', 1),
+        lambda text: re.sub(r'^1,', '0,', text, flags=re.MULTILINE),
+        lambda text: text[: -len(text.splitlines()[-1]) // 2],
+        lambda text: re.sub(r',small_cnn,0,', ',small_cnn,zero,', text),
+        lambda text: text.replace('small', '\udcff'),
+    ],
+)
 def test_results_of_another_version_are_refused_and_kept(finished, tmp_path, name, damage):
     for file in ('results.csv', 'curves.csv'):
         (tmp_path / file).write_bytes((finished / file).read_bytes())
@@ -461,17 +492,22 @@ def test_a_damaged_checkpoint_costs_its_epochs_and_no_more(finished, tmp_path, m
     assert rows(tmp_path) == rows(finished)
 
 
-@pytest.mark.parametrize('arguments', [
-    ['--out', '/proc/out'], ['--out', 'x' * 300], ['--out', 'out', '--dataset', 'fashion-mnist', '--data-dir', 'file'],
-    ['--out', 'out', '--dataset', 'cifar10', '--data-dir', 'file'],
-])
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        ['--out', '/proc/out'],
+        ['--out', 'x' * 300],
+        ['--out', 'out', '--dataset', 'fashion-mnist', '--data-dir', 'file'],
+        ['--out', 'out', '--dataset', 'cifar10', '--data-dir', 'file'],
+    ],
+)
 def test_a_path_that_the_system_refuses_is_one_line(tmp_path, monkeypatch, capsys, arguments):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'file').write_text('x')
     with pytest.raises(SystemExit) as stopped:
         _cli.run(lambda: reproduce.main([*SMALL, *arguments]))
     assert stopped.value.code == 2
-    line, = capsys.readouterr().err.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith('error: ')
 
 
@@ -487,19 +523,36 @@ def test_a_full_disk_is_one_line_exit_code_2_and_finished_rows_stay(finished, tm
         (tmp_path / file).write_bytes((finished / file).read_bytes())
     process = subprocess.run(
         [sys.executable, str(SCRIPT), *SMALL, '--seeds', '2', '--epochs', '3', '--out', str(tmp_path)],
-        stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)))
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
+    )
     assert process.returncode == 2
-    assert re.fullmatch(r'error: the checkpoint in .* cannot be written, probably the disk is full .*\n',
-                        process.stderr.splitlines(keepends=True)[-1])
+    assert re.fullmatch(
+        r'error: the checkpoint in .* cannot be written, probably the disk is full .*\n',
+        process.stderr.splitlines(keepends=True)[-1],
+    )
     assert 'Traceback' not in process.stderr
     assert rows(tmp_path) == rows(finished)
 
 
 def test_a_damaged_image_is_named_and_finished_rows_stay(folder, tmp_path):
     out = tmp_path / 'out'
-    arguments = ['--dataset', str(folder), '--image-size', '8', '--epochs', '1', '--workers', '0', '--device', 'cpu',
-                 '--out', str(out), '--models']
+    arguments = [
+        '--dataset',
+        str(folder),
+        '--image-size',
+        '8',
+        '--epochs',
+        '1',
+        '--workers',
+        '0',
+        '--device',
+        'cpu',
+        '--out',
+        str(out),
+        '--models',
+    ]
     reproduce.main([*arguments, 'small_cnn'])
     before = rows(out)
     damaged = folder / 'val' / 'bee' / '1.png'

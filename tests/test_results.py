@@ -1,4 +1,5 @@
 """The committed results: tables, commands and shipped weights belong to the rows they are said to come from."""
+
 import csv
 import hashlib
 import re
@@ -39,11 +40,11 @@ def test_there_are_results():
 @pytest.mark.parametrize('name', WEIGHTS)
 def test_shipped_weights_are_those_of_the_recorded_run(name):
     with (RESULTS_DIR / 'fmnist_weights.csv').open(newline='') as file:
-        facts, = (row for row in csv.DictReader(file) if row['tag'] == f'{name}.fmnist')
+        (facts,) = (row for row in csv.DictReader(file) if row['tag'] == f'{name}.fmnist')
     path = Path(timm_senetv2.__file__).parent / 'weights' / f'{name}.fmnist.safetensors'
     assert hashlib.sha256(path.read_bytes()).hexdigest() == facts['sha256']
     runs = read_csv(RESULTS_DIR / 'fmnist' / 'results.csv', RESULTS)
-    run, = (row for row in runs if row['run'] == facts['run'])
+    (run,) = (row for row in runs if row['run'] == facts['run'])
     assert run['model'] == name and '--save-weights' in run['command']
     assert float(run['accuracy']) >= 92
     with safe_open(path, 'pt') as file:
@@ -51,12 +52,13 @@ def test_shipped_weights_are_those_of_the_recorded_run(name):
     assert shapes == {key: list(value.shape) for key, value in timm.create_model(name).state_dict().items()}
 
 
-@pytest.mark.parametrize('other', [
-    'cifar_seresnet20:sae_reduction=4', 'senetv2_resnet20:sae_cardinality=2,sae_reduction=8'])
+@pytest.mark.parametrize(
+    'other', ['cifar_seresnet20:sae_reduction=4', 'senetv2_resnet20:sae_cardinality=2,sae_reduction=8']
+)
 def test_branches_and_width_compared_have_the_same_hidden_units_and_the_same_start(other):
     states = []
     for word in ('senetv2_resnet20', other):
-        spec, = parse_specs(word)
+        (spec,) = parse_specs(word)
         torch.manual_seed(3)
         model = spec.create(10)
         states.append(model.state_dict())

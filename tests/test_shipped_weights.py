@@ -1,4 +1,5 @@
 """The Fashion-MNIST weights that ship in the package, through timm alone and offline."""
+
 import json
 from pathlib import Path
 
@@ -21,6 +22,7 @@ shipped = pytest.mark.parametrize('name', MODELS)
 def no_network(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError('a network connection was asked for')
+
     monkeypatch.setattr('socket.socket.connect', refuse)
 
 

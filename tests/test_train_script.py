@@ -14,7 +14,7 @@ import train as train_script
 from _cli import UserError
 
 SCRIPT = Path(train_script.__file__)
-REPORT = '''
+REPORT = """
 import json, os, sys
 import timm
 with open(os.environ['REPORT'], 'w') as f:
@@ -22,7 +22,7 @@ with open(os.environ['REPORT'], 'w') as f:
         main=__name__, script=__file__, argv=sys.argv, timm=timm.__file__, path=sys.path,
         registered=timm.is_model('senetv2_resnet50'),
     ), f)
-'''
+"""
 
 
 def make_checkout(folder: Path, version: str = timm.__version__) -> Path:
@@ -76,8 +76,24 @@ def run_main(tmp_path, monkeypatch):
 
 
 def test_arguments_reach_timms_script_untouched(checkout, run_main):
-    argv = ['/data', '--model', 'x', '--mean', '0.5', '-0.5', '-vb', '3', '--script-like', '--model-kwargs', 'a=1',
-            '--help-me', '--', '/positional', '--script', 'validate']
+    argv = [
+        '/data',
+        '--model',
+        'x',
+        '--mean',
+        '0.5',
+        '-0.5',
+        '-vb',
+        '3',
+        '--script-like',
+        '--model-kwargs',
+        'a=1',
+        '--help-me',
+        '--',
+        '/positional',
+        '--script',
+        'validate',
+    ]
     report = run_main('--timm-repo', str(checkout), *argv)
     assert report['main'] == '__main__'
     assert report['script'] == str(checkout / 'train.py')
@@ -164,7 +180,8 @@ def test_fetched_by_torch_hub_into_its_cache(hub, tmp_path, monkeypatch, run_mai
 def test_ranks_that_start_together_fetch_once(tmp_path):
     source = make_checkout(tmp_path / 'huggingface-pytorch-image-models-0123abc')
     launcher = tmp_path / 'launcher.py'
-    launcher.write_text(textwrap.dedent(f'''
+    launcher.write_text(
+        textwrap.dedent(f"""
         import runpy, shutil, sys, time
         from pathlib import Path
         import torch
@@ -178,12 +195,16 @@ def test_ranks_that_start_together_fetch_once(tmp_path):
         sys.path.insert(0, {str(SCRIPT.parent)!r})
         sys.argv = ['train.py']
         runpy.run_path({str(SCRIPT)!r}, run_name='__main__')
-    '''))
+    """)
+    )
     environment = {k: v for k, v in os.environ.items() if k != 'TIMM_REPO'} | dict(TORCH_HOME=str(tmp_path / 'home'))
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(launcher)], stderr=subprocess.PIPE, text=True,
-            env=environment | dict(RANK=str(rank), REPORT=str(tmp_path / f'{rank}.json')))
+            [sys.executable, str(launcher)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment | dict(RANK=str(rank), REPORT=str(tmp_path / f'{rank}.json')),
+        )
         for rank in range(2)
     ]
     errors = [rank.communicate(timeout=200)[1] for rank in ranks]
@@ -198,7 +219,7 @@ def test_offline_and_nothing_cached_says_in_one_line_what_to_run(hub, monkeypatc
     with pytest.raises(SystemExit) as e:
         train_script.run(train_script.main)
     assert e.value.code == 2
-    line, = [x for x in capsys.readouterr().err.splitlines() if x.startswith('error:')]
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith('error:')]
     assert f'git clone --depth 1 --branch v{timm.__version__} https://github.com/huggingface/' in line
     assert '--timm-repo' in line
 

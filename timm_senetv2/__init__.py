@@ -3,6 +3,7 @@
 Importing this package puts its models in timm's factory: at once if timm is already imported, else as soon as it is.
 Neither torch nor timm is imported here; the names below load on first use.
 """
+
 from typing import TYPE_CHECKING
 
 from .registration import register

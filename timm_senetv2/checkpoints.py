@@ -1,4 +1,5 @@
 """Foreign weights into ours: SE of any timm model, the SEANet authors' checkpoints, SaE stored branch by branch."""
+
 import math
 import pickle
 import re
@@ -77,7 +78,7 @@ def _why_not(se: nn.Module) -> str | None:
     if isinstance(se, EffectiveSEModule):
         return 'it has one dense layer where SE has two'
     if type(se) not in _SE_PARTS or 'forward' in vars(se):
-        return 'its class or its forward is not timm\'s own'
+        return "its class or its forward is not timm's own"
     if not isinstance(getattr(se, 'bn', None), (nn.Identity, type(None))):
         return f'it has a {type(se.bn).__name__} between its dense layers'
     if getattr(se, 'add_maxpool', False):
@@ -123,6 +124,7 @@ _SEANET_LAYOUTS = {
 
 class Checkpoint(NamedTuple):
     """What `read_checkpoint` finds in a file."""
+
     state_dict: dict[str, torch.Tensor]
     layout: str
     """The file's form in words."""
@@ -144,8 +146,11 @@ def read_checkpoint(path: str | PathLike) -> Checkpoint:
     with open(path, 'rb'):  # torch reports a missing file in several ways
         pass
     try:
-        content = load_file(path) if str(path).endswith('.safetensors') \
+        content = (
+            load_file(path)
+            if str(path).endswith('.safetensors')
             else torch.load(path, map_location='cpu', weights_only=True)
+        )
     except Exception as e:  # bytes that are no checkpoint can fail in any way
         needs = re.search(r'GLOBAL (\S+)', str(e)) if isinstance(e, pickle.UnpicklingError) else None
         if needs is None:

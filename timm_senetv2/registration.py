@@ -1,4 +1,5 @@
 """When and how the models reach timm's registry."""
+
 import importlib.util
 import sys
 from importlib.abc import Loader, MetaPathFinder

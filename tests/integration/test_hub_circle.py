@@ -1,4 +1,5 @@
 """The whole circle through the command and the environment alone, each step in a process of its own."""
+
 import os
 import re
 import subprocess
@@ -12,13 +13,13 @@ import torch
 from safetensors.torch import save, save_file
 
 TOKEN = 'hf_sentinelSENTINELsentinel'
-LOGITS = '''
+LOGITS = """
 import sys, timm, torch
 {load}
 torch.manual_seed(7)
 with torch.inference_mode():
     torch.save(model.eval()(torch.randn(2, *model.pretrained_cfg['input_size'])), sys.argv[1])
-'''
+"""
 
 
 @pytest.fixture
@@ -30,9 +31,11 @@ def process(hub_server, tmp_path):
         given = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'HUGGING'))}
         own = dict(HF_ENDPOINT=hub_server.url, HF_HOME=str(tmp_path / 'hf'), HF_HUB_DISABLE_XET='1', HF_TOKEN=TOKEN)
         done = subprocess.run(
-            [sys.executable, *map(str, args)], env={**given, **own, **env}, capture_output=True, text=True)
+            [sys.executable, *map(str, args)], env={**given, **own, **env}, capture_output=True, text=True
+        )
         assert not check or done.returncode == 0, done.stderr
         return done
+
     return process
 
 
@@ -40,8 +43,17 @@ def test_push_then_load_by_the_printed_line_then_load_offline(hub_server, proces
     model = timm.create_model('senetv2_resnet20')
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'last.pth.tar')
     pushed = process(
-        push_to_hub.__file__, '--model', 'senetv2_resnet20', '--checkpoint', tmp_path / 'last.pth.tar',
-        '--repo-id', 'me/x.mine', '--private', '-v', HF_DEBUG='1')
+        push_to_hub.__file__,
+        '--model',
+        'senetv2_resnet20',
+        '--checkpoint',
+        tmp_path / 'last.pth.tar',
+        '--repo-id',
+        'me/x.mine',
+        '--private',
+        '-v',
+        HF_DEBUG='1',
+    )
     assert 'curl' in pushed.stderr  # the client did log its requests
     assert TOKEN not in pushed.stdout + pushed.stderr
     line = pushed.stdout.splitlines()[-1]
@@ -49,7 +61,9 @@ def test_push_then_load_by_the_printed_line_then_load_offline(hub_server, proces
     assert not any(Path(tmp_path, 'hf').rglob('model.safetensors'))  # compared in a cache of its own
 
     process('-c', LOGITS.format(load=line), tmp_path / 'online.pt')
-    process('-c', LOGITS.format(load=line), tmp_path / 'offline.pt', HF_HUB_OFFLINE='1', HF_ENDPOINT='http://127.0.0.1:9')
+    process(
+        '-c', LOGITS.format(load=line), tmp_path / 'offline.pt', HF_HUB_OFFLINE='1', HF_ENDPOINT='http://127.0.0.1:9'
+    )
     torch.manual_seed(7)
     with torch.inference_mode():
         expected = model.eval()(torch.randn(2, 3, 32, 32))
@@ -67,7 +81,8 @@ def test_failed_push_is_one_line_and_never_shows_the_token(hub_server, process, 
     lines = [line for line in quiet.stderr.splitlines() if line and 'safetensors:' not in line]  # but for the bar
     assert len(lines) == 1
     assert lines[0].startswith(
-        'error: could not commit the files: the Hub refuses it (status 418): no coffee for <token>')
+        'error: could not commit the files: the Hub refuses it (status 418): no coffee for <token>'
+    )
 
     loud = process(*command, 'me/x', '-v', check=False, HF_DEBUG='1')
     assert loud.returncode == 2 and 'Traceback' in loud.stderr
@@ -78,14 +93,17 @@ def test_failed_push_is_one_line_and_never_shows_the_token(hub_server, process, 
 def test_lifted_model_comes_from_its_source_on_the_hub(hub_server, process):
     source = timm.create_model('seresnext26d_32x4d')
     hub_server.add_repo('timm/seresnext26d_32x4d.bt_in1k', {'model.safetensors': save(source.state_dict())})
-    done = process('-c', '''
+    done = process(
+        '-c',
+        """
 import timm, torch
 ours = timm.create_model('senextv2_26d_32x4d', pretrained=True).eval()
 source = timm.create_model('seresnext26d_32x4d', pretrained=True).eval()
 images = torch.randn(1, 3, 224, 224)
 with torch.inference_mode():
     print(type(ours.layer1[0].se).__name__, (ours(images) - source(images)).abs().max().item())
-''')
+""",
+    )
     layer, difference = done.stdout.split()
     assert layer == 'SqueezeAggregatedExcitation' and float(difference) <= 1e-4
     assert ('HEAD', '/timm/seresnext26d_32x4d.bt_in1k/resolve/main/model.safetensors') in hub_server.requests

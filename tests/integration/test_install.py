@@ -1,4 +1,5 @@
 """Wheel, source distribution and editable install, each in an environment where nothing else provides the package."""
+
 import hashlib
 import os
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CHECK = '''
+CHECK = """
 import warnings
 warnings.simplefilter('error', RuntimeWarning)
 import timm, torch
@@ -24,13 +25,12 @@ from pathlib import Path
 assert version('timm-senetv2') == timm_senetv2.__version__
 print(len(timm.list_models(module=['senetv2', 'cifar', 'small_cnn'])), Path(timm_senetv2.__file__).parent)
 print(timm_senetv2.hub.CARDS)
-'''
+"""
 
 
 def run(*command, cwd=None, **env) -> str:
     clean = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH' and not k.endswith('_AUTOLOAD')}
-    result = subprocess.run(
-        [str(c) for c in command], cwd=cwd, env=dict(clean, **env), capture_output=True, text=True)
+    result = subprocess.run([str(c) for c in command], cwd=cwd, env=dict(clean, **env), capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout.strip()
 
@@ -126,14 +126,14 @@ def test_editable_install_works_and_its_deleted_clone_costs_a_warning(dist, envi
     environment.install('-e', clone)
     assert run(environment.python, '-c', CHECK, cwd=tmp_path).splitlines()[0] == f'38 {clone / "timm_senetv2"}'
     shutil.rmtree(clone)
-    code = '''
+    code = """
 import warnings
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter('always')
     import timm
 print([w.category.__name__ for w in caught if 'timm_senetv2 could not be loaded' in str(w.message)])
 print(timm.is_model('resnet18'), timm.is_model('seanet20'))
-'''
+"""
     assert run(environment.python, '-c', code, cwd=tmp_path).splitlines() == ["['RuntimeWarning']", 'True False']
 
 

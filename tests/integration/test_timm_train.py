@@ -1,4 +1,5 @@
 """timm's real scripts on a small image folder, as a user runs them."""
+
 import csv
 import json
 import os
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.skipif(
     not os.environ.get('TIMM_REPO'),
-    reason=f'timm\'s scripts are not in its wheel: set TIMM_REPO to a checkout of timm v{timm.__version__}',
+    reason=f"timm's scripts are not in its wheel: set TIMM_REPO to a checkout of timm v{timm.__version__}",
 )
 
 WRAPPER = Path(__file__).parents[2] / 'scripts' / 'train.py'
@@ -57,8 +58,20 @@ def run_script(name: str, *args: str | Path) -> subprocess.CompletedProcess:
 def train(image_folder: Path, output: Path, model: str, *args: str | Path) -> Path:
     """One epoch unless told otherwise; returns the folder with timm's summary and checkpoints."""
     run_script(
-        'train', '--data-dir', image_folder, '--model', model, '--epochs', '1', *SMALL,
-        '--output', output.parent, '--experiment', output.name, *args)
+        'train',
+        '--data-dir',
+        image_folder,
+        '--model',
+        model,
+        '--epochs',
+        '1',
+        *SMALL,
+        '--output',
+        output.parent,
+        '--experiment',
+        output.name,
+        *args,
+    )
     return output
 
 
@@ -77,7 +90,7 @@ def seanet(image_folder, tmp_path_factory) -> Path:
 
 
 def check_epoch(output: Path, model: str) -> None:
-    row, = summary(output)
+    (row,) = summary(output)
     assert row['epoch'] == 0
     assert np.isfinite(row['train_loss'])
     checkpoint = load(output / 'last.pth.tar')
@@ -102,7 +115,8 @@ def test_one_epoch(image_folder, tmp_path, model):
 
 def test_validate_gives_the_accuracy_of_training(image_folder, seanet):
     result = run_script(
-        'validate', '--data-dir', image_folder, '--model', 'seanet20', '--checkpoint', seanet / 'last.pth.tar', *SMALL)
+        'validate', '--data-dir', image_folder, '--model', 'seanet20', '--checkpoint', seanet / 'last.pth.tar', *SMALL
+    )
     scores = json.loads(result.stdout.split('--result')[1])
     assert scores['top1'] == pytest.approx(summary(seanet)[0]['eval_top1'], abs=1e-3)
     assert scores['param_count'] == 16.19
@@ -115,8 +129,15 @@ def test_resumed_training_equals_uninterrupted(image_folder, tmp_path):
     through = train(image_folder, tmp_path / 'through', 'senetv2_resnet20', *args, '--epochs', '2')
     first = train(image_folder, tmp_path / 'first', 'senetv2_resnet20', *args)
     resumed = train(
-        image_folder, tmp_path / 'resumed', 'senetv2_resnet20', *args, '--epochs', '2',
-        '--resume', first / 'last.pth.tar')
+        image_folder,
+        tmp_path / 'resumed',
+        'senetv2_resnet20',
+        *args,
+        '--epochs',
+        '2',
+        '--resume',
+        first / 'last.pth.tar',
+    )
     assert [row['epoch'] for row in summary(resumed)] == [1]
     expected, got = load(through / 'last.pth.tar'), load(resumed / 'last.pth.tar')
     before = load(first / 'last.pth.tar')
@@ -129,24 +150,50 @@ def test_resumed_training_equals_uninterrupted(image_folder, tmp_path):
 @pytest.mark.slow
 def test_model_kwargs_amp_and_ema(image_folder, tmp_path):
     output = train(
-        image_folder, tmp_path / 'run', 'senetv2_resnet20', '--model-kwargs', 'sae_cardinality=2',
-        '--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--model-ema', '--model-ema-decay', '0.5')
+        image_folder,
+        tmp_path / 'run',
+        'senetv2_resnet20',
+        '--model-kwargs',
+        'sae_cardinality=2',
+        '--amp',
+        '--amp-dtype',
+        'bfloat16',
+        '--channels-last',
+        '--model-ema',
+        '--model-ema-decay',
+        '0.5',
+    )
     checkpoint = load(output / 'last.pth.tar')
     plain, ema = checkpoint['state_dict'], checkpoint['state_dict_ema']
     shapes = {k: v.shape for k, v in plain.items()}
     assert shapes == {
-        k: v.shape for k, v in timm.create_model(
-            'senetv2_resnet20', num_classes=CLASSES, sae_cardinality=2).state_dict().items()}
+        k: v.shape
+        for k, v in timm.create_model('senetv2_resnet20', num_classes=CLASSES, sae_cardinality=2).state_dict().items()
+    }
     assert shapes != {
-        k: v.shape for k, v in timm.create_model('senetv2_resnet20', num_classes=CLASSES).state_dict().items()}
+        k: v.shape for k, v in timm.create_model('senetv2_resnet20', num_classes=CLASSES).state_dict().items()
+    }
     assert all(v.dtype == torch.float32 for k, v in plain.items() if not k.endswith('num_batches_tracked'))
     assert ema.keys() == plain.keys()
     assert not torch.equal(ema['layer1.0.se.fc1.weight'], plain['layer1.0.se.fc1.weight'])
 
     validated = run_script(
-        'validate', '--data-dir', image_folder, '--model', 'senetv2_resnet20', '--model-kwargs', 'sae_cardinality=2',
-        '--checkpoint', output / 'last.pth.tar', '--use-ema', '--amp', '--amp-dtype', 'bfloat16', '--channels-last',
-        *SMALL)
+        'validate',
+        '--data-dir',
+        image_folder,
+        '--model',
+        'senetv2_resnet20',
+        '--model-kwargs',
+        'sae_cardinality=2',
+        '--checkpoint',
+        output / 'last.pth.tar',
+        '--use-ema',
+        '--amp',
+        '--amp-dtype',
+        'bfloat16',
+        '--channels-last',
+        *SMALL,
+    )
     scores = json.loads(validated.stdout.split('--result')[1])
     assert scores['top1'] == pytest.approx(summary(output)[0]['eval_top1'], abs=1e-3)
 
@@ -154,7 +201,8 @@ def test_model_kwargs_amp_and_ema(image_folder, tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_one_model(image_folder, tmp_path):
     launcher = tmp_path / 'launcher.py'  # saves what each rank has when train.py has levelled the batch norms
-    launcher.write_text(textwrap.dedent(f'''
+    launcher.write_text(
+        textwrap.dedent(f"""
         import os, runpy, sys
         import timm.utils
         from safetensors.torch import save_file
@@ -172,11 +220,29 @@ def test_two_processes_train_one_model(image_folder, tmp_path):
         timm.utils.distribute_bn = record
         sys.path[0] = {str(WRAPPER.parent)!r}
         runpy.run_path({str(WRAPPER)!r}, run_name='__main__')
-    '''))
+    """)
+    )
     run(
-        sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', launcher,
-        '--data-dir', image_folder, '--model', 'senetv2_resnet20', '--epochs', '1', *SMALL, '--batch-size', '6',
-        '--output', tmp_path, '--experiment', 'run')
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        '--nproc_per_node=2',
+        launcher,
+        '--data-dir',
+        image_folder,
+        '--model',
+        'senetv2_resnet20',
+        '--epochs',
+        '1',
+        *SMALL,
+        '--batch-size',
+        '6',
+        '--output',
+        tmp_path,
+        '--experiment',
+        'run',
+    )
     ranks = [load_file(tmp_path / f'after{rank}.safetensors') for rank in range(2)]
     unlevelled = [load_file(tmp_path / f'before{rank}.safetensors') for rank in range(2)]
     assert not torch.equal(*(r['bn1.running_mean'] for r in unlevelled))  # each saw other images
@@ -190,8 +256,15 @@ def test_two_processes_train_one_model(image_folder, tmp_path):
     assert not torch.equal(checkpoint['layer1.0.se.fc1.weight'], fresh.state_dict()['layer1.0.se.fc1.weight'])
 
     validated = run_script(
-        'validate', '--data-dir', image_folder, '--model', 'senetv2_resnet20',
-        '--checkpoint', tmp_path / 'run' / 'last.pth.tar', *SMALL)
+        'validate',
+        '--data-dir',
+        image_folder,
+        '--model',
+        'senetv2_resnet20',
+        '--checkpoint',
+        tmp_path / 'run' / 'last.pth.tar',
+        *SMALL,
+    )
     scores = json.loads(validated.stdout.split('--result')[1])
     assert scores['top1'] == pytest.approx(summary(tmp_path / 'run')[0]['eval_top1'], abs=1e-3)
 
@@ -200,9 +273,22 @@ def test_two_processes_train_one_model(image_folder, tmp_path):
 def test_plain_train_py_knows_the_models(image_folder, tmp_path):
     # the checkout's own timm is imported here: it stands beside train.py
     run(
-        sys.executable, Path(os.environ['TIMM_REPO']) / 'train.py', '--data-dir', image_folder,
-        '--model', 'senetv2_resnet20', '--epochs', '1', *SMALL, '--workers', '1',
-        '--output', tmp_path, '--experiment', 'run')
+        sys.executable,
+        Path(os.environ['TIMM_REPO']) / 'train.py',
+        '--data-dir',
+        image_folder,
+        '--model',
+        'senetv2_resnet20',
+        '--epochs',
+        '1',
+        *SMALL,
+        '--workers',
+        '1',
+        '--output',
+        tmp_path,
+        '--experiment',
+        'run',
+    )
     assert load(tmp_path / 'run' / 'last.pth.tar')['arch'] == 'senetv2_resnet20'
 
 
@@ -214,11 +300,20 @@ def test_onnx_export_agrees_with_torch(seanet, tmp_path, model, size):
         checkpoint = tmp_path / 'fresh.pth'
         torch.save(timm.create_model(model, num_classes=CLASSES).state_dict(), checkpoint)
     run_script(
-        'onnx_export', tmp_path / 'model.onnx', '--model', model, '--num-classes', str(CLASSES),
-        '--checkpoint', checkpoint, '--img-size', str(size))
+        'onnx_export',
+        tmp_path / 'model.onnx',
+        '--model',
+        model,
+        '--num-classes',
+        str(CLASSES),
+        '--checkpoint',
+        checkpoint,
+        '--img-size',
+        str(size),
+    )
     images = torch.randn(1, 3, size, size)
     session = onnxruntime.InferenceSession(tmp_path / 'model.onnx', providers=['CPUExecutionProvider'])
-    got, = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    (got,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     network = timm.create_model(model, num_classes=CLASSES, checkpoint_path=str(checkpoint)).eval()
     with torch.inference_mode():
         expected = network(images).numpy()
@@ -229,15 +324,40 @@ def test_onnx_export_agrees_with_torch(seanet, tmp_path, model, size):
 @pytest.mark.slow
 def test_inference_and_benchmark(image_folder, seanet, tmp_path):
     run_script(
-        'inference', '--data-dir', image_folder / 'validation', '--model', 'seanet20',
-        '--checkpoint', seanet / 'last.pth.tar', *SMALL, '--topk', '1', '--results-dir', tmp_path,
-        '--results-file', 'classes', '--results-format', 'json')
+        'inference',
+        '--data-dir',
+        image_folder / 'validation',
+        '--model',
+        'seanet20',
+        '--checkpoint',
+        seanet / 'last.pth.tar',
+        *SMALL,
+        '--topk',
+        '1',
+        '--results-dir',
+        tmp_path,
+        '--results-file',
+        'classes',
+        '--results-format',
+        'json',
+    )
     with open(next(tmp_path.glob('classes*.json'))) as f:
         assert len(json.load(f)) == 6 * CLASSES
 
     result = run_script(
-        'benchmark', '--model', 'senetv2_resnet20', *CPU, '--batch-size', '2', '--bench', 'inference',
-        '--num-warm-iter', '1', '--num-bench-iter', '5')
+        'benchmark',
+        '--model',
+        'senetv2_resnet20',
+        *CPU,
+        '--batch-size',
+        '2',
+        '--bench',
+        'inference',
+        '--num-warm-iter',
+        '1',
+        '--num-bench-iter',
+        '5',
+    )
     assert json.loads(result.stdout.split('--result')[1])['infer_samples_per_sec'] > 0
 
 
@@ -267,8 +387,7 @@ def test_recipe_trains(image_folder, tmp_path, recipe):
     if settings.get('pretrained'):  # what the tag would fetch: the weights of timm's SE-ResNet, here fresh ones
         torch.save(timm.create_model('seresnet50').state_dict(), tmp_path / 'se.pth')
         small += ['--pretrained-path', tmp_path / 'se.pth']
-    run_script(
-        'train', '--config', recipe, *data, *small, '--output', tmp_path, '--experiment', 'run')
-    row, = summary(tmp_path / 'run')
+    run_script('train', '--config', recipe, *data, *small, '--output', tmp_path, '--experiment', 'run')
+    (row,) = summary(tmp_path / 'run')
     assert np.isfinite(row['train_loss'])
     assert load(tmp_path / 'run' / 'last.pth.tar')['arch'] == settings['model']

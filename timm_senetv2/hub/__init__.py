@@ -7,6 +7,7 @@
 
 What a user or a machine did wrong is a HubError whose text is one plain line. No text of this package holds the token.
 """
+
 from .card import CARDS, Facts, facts_of, load_facts, render_card
 from .errors import HubError
 from .files import FILES, write_files
@@ -14,6 +15,16 @@ from .upload import Pushed, load_line, push
 from .weights import build
 
 __all__ = [
-    'CARDS', 'FILES', 'Facts', 'HubError', 'Pushed', 'build', 'facts_of', 'load_facts', 'load_line', 'push',
-    'render_card', 'write_files',
+    'CARDS',
+    'FILES',
+    'Facts',
+    'HubError',
+    'Pushed',
+    'build',
+    'facts_of',
+    'load_facts',
+    'load_line',
+    'push',
+    'render_card',
+    'write_files',
 ]

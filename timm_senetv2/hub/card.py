@@ -1,4 +1,5 @@
 """The model card: by a template, from the model, timm's registry, and a YAML file of facts that neither knows."""
+
 import csv
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ CARDS = next(path for path in (_PACKAGE / 'hub_cards', _PACKAGE.parent / 'hub_ca
 
 class Cost(Protocol):
     """What one image costs: parameters, multiply-adds, elements that convolutions and matrix products put out."""
+
     params: int
     macs: int
     activations: int
@@ -42,6 +44,7 @@ class Facts:
         narrows them further.
     limits: What a user has to know.
     """
+
     summary: str = ''
     datasets: list[str] = field(default_factory=list)
     license: str | None = None
@@ -63,7 +66,8 @@ _LIFTED_RESULTS = dict(
 )
 _RESULT_KEYS = {'file', 'metrics', 'dataset', 'dataset_name', 'split'}
 _KINDS = dict(
-    summary=str, datasets=list, license=str, labels=list, data_config=dict, training=dict, results=list, limits=str)
+    summary=str, datasets=list, license=str, labels=list, data_config=dict, training=dict, results=list, limits=str
+)
 
 
 def load_facts(path: str | Path) -> Facts:
@@ -108,8 +112,7 @@ def facts_of(name: str, tag: str) -> Facts:
     return load_facts(path)
 
 
-def _quoted_rows(
-        table: dict[str, Any], columns: Iterable[str], facts: Facts, model: nn.Module) -> list[dict[str, str]]:
+def _quoted_rows(table: dict[str, Any], columns: Iterable[str], facts: Facts, model: nn.Module) -> list[dict[str, str]]:
     """The rows of a table that are about the model; they have these columns."""
     cfg = model.pretrained_cfg
     identity = dict(model=cfg['architecture'], tag=cfg.get('tag'), source_on_the_hub=cfg.get('hf_hub_id'))
@@ -163,10 +166,10 @@ def _training(model: nn.Module, facts: Facts) -> dict[str, Any] | None:
 
 
 def render_card(
-        model: nn.Module,
-        repo_id: str,
-        facts: Facts,
-        count: Callable[[nn.Module, tuple[int, int, int]], Cost],
+    model: nn.Module,
+    repo_id: str,
+    facts: Facts,
+    count: Callable[[nn.Module, tuple[int, int, int]], Cost],
 ) -> ModelCard:
     """The model card, by the template in `hub_cards/`. The same arguments give the same text.
 
@@ -182,7 +185,9 @@ def render_card(
     cfg = model.pretrained_cfg
     name, source, repo_name = cfg['architecture'], cfg.get('hf_hub_id'), repo_id.rpartition('/')[2]
     results = _results(model, facts)
-    origin = dict(source_name=f'{source}, quoted from timm\'s results table', source_url=f'https://huggingface.co/{source}')
+    origin = dict(
+        source_name=f"{source}, quoted from timm's results table", source_url=f'https://huggingface.co/{source}'
+    )
     license = facts.license or cfg.get('license')
     if not license:
         raise HubError(f'the card of {name} needs a license: give one among its facts')
@@ -210,8 +215,10 @@ def render_card(
                 metric_value=value,
                 **(origin if source else {}),
             )
-            for table in results for metric, value in table['values']
-        ] or None,
+            for table in results
+            for metric, value in table['values']
+        ]
+        or None,
     )
     return ModelCard.from_template(
         metadata,

@@ -1,4 +1,5 @@
 """What goes wrong on the way to the Hub and back, as one plain line; and trying again where that can help."""
+
 import errno
 import logging
 import time
@@ -32,12 +33,12 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def attempt(
-        what: str,
-        action: Callable[[], T],
-        repo_id: str = '',
-        token: str | None = None,
-        attempts: int = 4,
-        wait: float = 2.,
+    what: str,
+    action: Callable[[], T],
+    repo_id: str = '',
+    token: str | None = None,
+    attempts: int = 4,
+    wait: float = 2.0,
 ) -> T:
     """Do something with the Hub, several times if need be; a failure becomes a HubError without the token in it."""
     for done in range(attempts):
@@ -56,7 +57,7 @@ def attempt(
         _logger.debug('%s', trace)
         if not retry or done + 1 == attempts:
             raise HubError(f'could not {what}: {reason}')
-        pause = max(wait * 2 ** done, min(pause, 60.))
+        pause = max(wait * 2**done, min(pause, 60.0))
         _logger.warning('could not %s: %s; trying again in %.0f s', what, reason, pause)
         time.sleep(pause)
     raise AssertionError('unreachable')
@@ -70,23 +71,23 @@ def _explain(error: Exception, repo_id: str) -> tuple[str, bool, float] | None:
     causes = list(_causes(error))
     full = next((e for e in causes if isinstance(e, OSError) and e.errno in FULL_DISK), None)
     if full is not None:
-        return 'the disk is full; free some space and run it again', False, 0.
+        return 'the disk is full; free some space and run it again', False, 0.0
     if any(isinstance(e, OfflineModeIsEnabled) for e in causes):
-        return 'huggingface_hub is in offline mode; unset HF_HUB_OFFLINE', False, 0.
+        return 'huggingface_hub is in offline mode; unset HF_HUB_OFFLINE', False, 0.0
     answer = next((e for e in causes if isinstance(e, HfHubHTTPError) and e.response is not None), None)
     if answer is not None:
         status = answer.response.status_code
         after = answer.response.headers.get('Retry-After', '')
-        return _explain_status(answer, status, repo_id), status in _RETRIED, float(after) if after.isdigit() else 0.
+        return _explain_status(answer, status, repo_id), status in _RETRIED, float(after) if after.isdigit() else 0.0
     if any(
-            isinstance(e, ConnectionError | TimeoutError) or type(e).__module__.partition('.')[0] in _CLIENTS
-            for e in causes
+        isinstance(e, ConnectionError | TimeoutError) or type(e).__module__.partition('.')[0] in _CLIENTS
+        for e in causes
     ):
-        return 'the connection to the Hub failed; see to the network and run it again', True, 0.
+        return 'the connection to the Hub failed; see to the network and run it again', True, 0.0
     if not isinstance(error, OSError | RuntimeError | ValueError | SafetensorError):
         return None
     # an OSError that is left is the client's, for a download of the wrong size
-    return ' '.join(str(error).split()) or type(error).__name__, isinstance(error, OSError), 0.
+    return ' '.join(str(error).split()) or type(error).__name__, isinstance(error, OSError), 0.0
 
 
 def _explain_status(error: HfHubHTTPError, status: int, repo_id: str) -> str:
@@ -94,8 +95,10 @@ def _explain_status(error: HfHubHTTPError, status: int, repo_id: str) -> str:
     if isinstance(error, RevisionNotFoundError):
         return 'the Hub has no such revision'
     if isinstance(error, RepositoryNotFoundError):  # before 401, which the Hub also answers for what it hides
-        return (f'{repo_id} is not there as a model repository that this token can see; '
-                'if the name is taken by something else, choose another')
+        return (
+            f'{repo_id} is not there as a model repository that this token can see; '
+            'if the name is taken by something else, choose another'
+        )
     if status == 401:
         return 'the Hub does not accept the token; run `hf auth login` again, or set HF_TOKEN to a valid one'
     if status == 403:

@@ -1,4 +1,5 @@
 """The files of a repository: weights, config, card."""
+
 import errno
 import os
 import shutil
@@ -45,8 +46,12 @@ def write_files(model: nn.Module, folder: str | Path, card: ModelCard, facts: Fa
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f'.{folder.name}-', dir=folder.parent) as beside:
             save_for_hf(
-                model, beside, model_config=_labels(model, facts), safe_serialization=True,
-                data_config=facts.data_config)
+                model,
+                beside,
+                model_config=_labels(model, facts),
+                safe_serialization=True,
+                data_config=facts.data_config,
+            )
             (Path(beside) / 'README.md').write_text(str(card), encoding='utf-8', newline='\n')
             shutil.copymode(Path(beside) / 'config.json', Path(beside) / 'model.safetensors')  # not the owner's alone
             folder.mkdir(exist_ok=True)

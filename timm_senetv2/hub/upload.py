@@ -1,4 +1,5 @@
 """One commit to the Hub, and the proof that it arrived."""
+
 import hashlib
 import tempfile
 from collections.abc import Callable
@@ -20,6 +21,7 @@ T = TypeVar('T')
 
 class Pushed(NamedTuple):
     """Where the files are: the commit, the revision to load them from, and whether this push made the commit."""
+
     commit: str
     revision: str
     new: bool
@@ -27,16 +29,16 @@ class Pushed(NamedTuple):
 
 
 def push(
-        folder: str | Path,
-        repo_id: str,
-        model: nn.Module,
-        private: bool = False,
-        create_pr: bool = False,
-        revision: str = 'main',
-        token: str | None = None,
-        endpoint: str | None = None,
-        attempts: int = 4,
-        wait: float = 2.,
+    folder: str | Path,
+    repo_id: str,
+    model: nn.Module,
+    private: bool = False,
+    create_pr: bool = False,
+    revision: str = 'main',
+    token: str | None = None,
+    endpoint: str | None = None,
+    attempts: int = 4,
+    wait: float = 2.0,
 ) -> Pushed:
     """Create the repository if need be, put the files there in one commit, download them again and compare.
 
@@ -62,8 +64,9 @@ def push(
     try:
         validate_repo_id(repo_id)
     except HFValidationError:
-        raise HubError(f'{repo_id!r} is not a repository on the Hub; give it as owner/name, of letters, digits, -_.') \
-            from None
+        raise HubError(
+            f'{repo_id!r} is not a repository on the Hub; give it as owner/name, of letters, digits, -_.'
+        ) from None
     if repo_id.count('/') != 1:
         raise HubError(f'{repo_id!r} must name its owner, as in me/{repo_id}')
     token = token or get_token()
@@ -129,8 +132,9 @@ def _verify(api: HfApi, folder: Path, repo_id: str, commit: str, model: nn.Modul
     """Download a commit's files into a fresh cache; raises a HubError unless they are those of `folder`."""
     with tempfile.TemporaryDirectory() as cache:
         for name in FILES:
-            path = Path(hf_hub_download(
-                repo_id, name, revision=commit, cache_dir=cache, token=api.token, endpoint=api.endpoint))
+            path = Path(
+                hf_hub_download(repo_id, name, revision=commit, cache_dir=cache, token=api.token, endpoint=api.endpoint)
+            )
             if _oids(path) != _oids(folder / name):
                 raise HubError(
                     f'{repo_id} serves another {name} than was pushed (sha256 {_oids(path)[0]} instead of '

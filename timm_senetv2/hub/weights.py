@@ -1,4 +1,5 @@
 """The model to push: its weights, from a checkpoint or a pretrained tag, fit it or nothing happens."""
+
 import argparse
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,11 +17,11 @@ _PACKAGE = __name__.partition('.')[0]
 
 
 def build(
-        name: str,
-        tag: str | None = None,
-        checkpoint: str | Path | None = None,
-        ema: bool = False,
-        **model_args,
+    name: str,
+    tag: str | None = None,
+    checkpoint: str | Path | None = None,
+    ema: bool = False,
+    **model_args,
 ) -> nn.Module:
     """A model of this package with its weights, in eval mode.
 

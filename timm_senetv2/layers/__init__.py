@@ -1,4 +1,5 @@
 """The layers of the papers, in plain torch."""
+
 from .aggregation import ChannelAggregation as ChannelAggregation
 from .sae import SqueezeAggregatedExcitation as SqueezeAggregatedExcitation
 

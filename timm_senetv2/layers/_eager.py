@@ -1,4 +1,5 @@
 """What only a program that torch runs step by step gains from."""
+
 import torch
 from torch.autograd import forward_ad
 

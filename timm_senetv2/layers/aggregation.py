@@ -3,6 +3,7 @@
 Source: `Global Feature Representation using Squeeze, Excite and Aggregation Networks (SEANet)`, MIND 2019, and the
 authors' code, https://github.com/akhilesh-pandey/SEANet-pytorch
 """
+
 import torch
 from torch import nn
 

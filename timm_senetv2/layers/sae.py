@@ -7,6 +7,7 @@ The paper draws `cardinality` dense layers side by side, each with its activatio
 input that is one dense layer with the branches' rows stacked, exactly, and one matrix product instead of many. So it is
 built that way: rows [k·d, (k+1)·d) of `fc1` are branch k.
 """
+
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -56,17 +57,17 @@ class SqueezeAggregatedExcitation(nn.Module):
     """
 
     def __init__(
-            self,
-            channels: int,
-            reduction: int = 32,
-            cardinality: int = 4,
-            rd_channels: int | None = None,
-            bias: bool = True,
-            act_layer: Callable[[], nn.Module] = nn.ReLU,
-            gate_layer: str | Callable[[], nn.Module] = 'sigmoid',
-            add_identity: bool = False,
-            device=None,
-            dtype=None,
+        self,
+        channels: int,
+        reduction: int = 32,
+        cardinality: int = 4,
+        rd_channels: int | None = None,
+        bias: bool = True,
+        act_layer: Callable[[], nn.Module] = nn.ReLU,
+        gate_layer: str | Callable[[], nn.Module] = 'sigmoid',
+        add_identity: bool = False,
+        device=None,
+        dtype=None,
     ) -> None:
         """
         Args:
@@ -108,12 +109,12 @@ class SqueezeAggregatedExcitation(nn.Module):
 
     @classmethod
     def from_branches(
-            cls,
-            branch_weights: Sequence[torch.Tensor],
-            out_weight: torch.Tensor,
-            branch_biases: Sequence[torch.Tensor] | None = None,
-            out_bias: torch.Tensor | None = None,
-            **kwargs,
+        cls,
+        branch_weights: Sequence[torch.Tensor],
+        out_weight: torch.Tensor,
+        branch_biases: Sequence[torch.Tensor] | None = None,
+        out_bias: torch.Tensor | None = None,
+        **kwargs,
     ) -> 'SqueezeAggregatedExcitation':
         """Build the layer from the separate dense layers of the paper's figure.
 

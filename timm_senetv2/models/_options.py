@@ -1,4 +1,5 @@
 """The model options that every trunk has."""
+
 from collections.abc import Callable
 from functools import partial
 

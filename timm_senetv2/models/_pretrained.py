@@ -1,4 +1,5 @@
 """Where pretrained weights come from, and how SE weights become SaE weights on the way in."""
+
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,5 @@
 """timm's `register_model`, for a guest."""
+
 from collections.abc import Callable
 
 from timm.models import is_model, model_entrypoint

@@ -15,6 +15,7 @@ the shortcut and the activation. Here:
 
 All are exact up to rounding. Where one does not hold, a block does what timm's does.
 """
+
 import torch
 import torch.nn.functional as F
 from timm.models.resnet import BasicBlock, Bottleneck
@@ -29,7 +30,7 @@ def _require_sae(block: nn.Module) -> None:
     if not isinstance(block.se, SqueezeAggregatedExcitation):
         raise ValueError(
             f'attn_layer of {type(block).__name__} must build a SqueezeAggregatedExcitation, '
-            f'got {type(block.se).__name__}; use timm\'s block for other attention'
+            f"got {type(block.se).__name__}; use timm's block for other attention"
         )
 
 
@@ -88,18 +89,19 @@ def _norm_in_training(y: torch.Tensor, norm: nn.BatchNorm2d) -> tuple[torch.Tens
     """
     norm.num_batches_tracked.add_(1)
     x, mean, inverse_std = torch.native_batch_norm(
-        y, norm.weight, norm.bias, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps)
+        y, norm.weight, norm.bias, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps
+    )
     return x, [y, mean, inverse_std, norm.weight, norm.bias, torch.tensor(norm.eps, dtype=torch.float64)]
 
 
 def _overwrite(x: torch.Tensor, scale: torch.Tensor, shortcut: torch.Tensor) -> bool:
     """Make x x · scale + shortcut, where it can be: on a CPU the memory of a new tensor, page by page, costs time."""
     if (
-            not is_eager(x)
-            or not x.is_cpu
-            or not x.dtype == scale.dtype == shortcut.dtype
-            or torch.is_grad_enabled()
-            or has_tangent(x, scale, shortcut)
+        not is_eager(x)
+        or not x.is_cpu
+        or not x.dtype == scale.dtype == shortcut.dtype
+        or torch.is_grad_enabled()
+        or has_tangent(x, scale, shortcut)
     ):
         return False
     try:
@@ -109,8 +111,7 @@ def _overwrite(x: torch.Tensor, scale: torch.Tensor, shortcut: torch.Tensor) -> 
     return True
 
 
-def _scale_add(
-        x: torch.Tensor, scale: torch.Tensor, shortcut: torch.Tensor, kept: list[torch.Tensor]) -> torch.Tensor:
+def _scale_add(x: torch.Tensor, scale: torch.Tensor, shortcut: torch.Tensor, kept: list[torch.Tensor]) -> torch.Tensor:
     """x · scale + shortcut, (N, C, H, W) with a scale of (N, C). x is the caller's own and may be overwritten.
 
     `kept` is what `_norm_in_training` returned beside x, or empty.
@@ -138,7 +139,8 @@ def _fold_norm(conv: nn.Module, norm: nn.Module) -> nn.Module:
     if type(conv) is not nn.Conv2d or not _is_affine(norm):
         return norm
     conv.weight, conv.bias = fuse_conv_bn_weights(
-        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
     return nn.Identity()
 
 
@@ -151,7 +153,8 @@ def _fold_shortcut_norm(downsample: nn.Module | None) -> None:
 def _is_hooked(module: nn.Module) -> bool:
     """Whether somebody wants to know when the module is called."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _is_affine_at_each_pixel(conv: nn.Module, norm: nn.Module) -> bool:
@@ -168,11 +171,7 @@ def _is_affine_at_each_pixel(conv: nn.Module, norm: nn.Module) -> bool:
 
 def _is_small(x: torch.Tensor) -> bool:
     """Whether a 1x1 conv's weight is no smaller than its output for x, where that matters: eager and on a CPU."""
-    return (
-        is_eager(x)
-        and x.is_cpu
-        and x.shape[0] * x.shape[2] * x.shape[3] <= x.shape[1]
-    )
+    return is_eager(x) and x.is_cpu and x.shape[0] * x.shape[2] * x.shape[3] <= x.shape[1]
 
 
 def _squeeze_before(pooled: torch.Tensor, conv: nn.Module, norm: nn.Module) -> torch.Tensor:
@@ -184,9 +183,9 @@ def _squeeze_before(pooled: torch.Tensor, conv: nn.Module, norm: nn.Module) -> t
 def _conv_norm(x: torch.Tensor, conv: nn.Conv2d, norm: nn.Module) -> torch.Tensor:
     """`norm(conv(x))` for a 1x1 conv and a norm in eval mode."""
     if (
-            type(norm) is nn.Identity
-            or not is_eager(x)  # a compiler makes the norm part of the next pass
-            or not x.is_cpu  # elsewhere the bias of a conv is a pass of its own
+        type(norm) is nn.Identity
+        or not is_eager(x)  # a compiler makes the norm part of the next pass
+        or not x.is_cpu  # elsewhere the bias of a conv is a pass of its own
     ):
         return norm(conv(x))
     dtype = torch.promote_types(norm.running_var.dtype, torch.float32)  # half precision would round the factor
@@ -200,17 +199,16 @@ def _conv_norm(x: torch.Tensor, conv: nn.Conv2d, norm: nn.Module) -> torch.Tenso
         bias = bias + norm.bias
     weight = conv.weight * factor[:, None, None, None]
     dtype = conv.weight.dtype
-    return F.conv2d(
-        x, weight.to(dtype), bias.to(dtype), conv.stride, conv.padding, conv.dilation, conv.groups)
+    return F.conv2d(x, weight.to(dtype), bias.to(dtype), conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def _shortcut(x: torch.Tensor, downsample: nn.Module) -> torch.Tensor:
     """`downsample(x)`; timm's (conv, norm) and (pool, conv, norm) without a pass for a norm in eval mode."""
     if (
-            type(downsample) is nn.Sequential
-            and len(downsample) in (2, 3)
-            and not _is_hooked(downsample)
-            and _is_affine_at_each_pixel(downsample[-2], downsample[-1])
+        type(downsample) is nn.Sequential
+        and len(downsample) in (2, 3)
+        and not _is_hooked(downsample)
+        and _is_affine_at_each_pixel(downsample[-2], downsample[-1])
     ):
         if len(downsample) == 3:
             x = downsample[0](x)
@@ -257,7 +255,6 @@ class SaEBasicBlock(BasicBlock):
             shortcut = self.downsample(shortcut)
         x = _scale_add(x, scale, shortcut, kept)
         return self.act2(x)
-
 
     def _norm(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The last norm, (N, C, H, W), and for `_scale_add` `kept`."""

@@ -10,6 +10,7 @@ SEANet's slides place the aggregation after the SE of each block, its code after
 of the code, so that is the default here and `aggregate_after='block'` the other. The code widens the trunk to
 128, 256, 512 channels, which the slides do not mention.
 """
+
 from functools import partial
 from typing import Any
 
@@ -39,18 +40,18 @@ class CifarResNet(Trunk32):
     """
 
     def __init__(
-            self,
-            depth: int = 20,
-            widths: tuple[int, int, int] = (16, 32, 64),
-            stem_width: int = 16,
-            sae_cardinality: int = 0,
-            sae_reduction: int = 16,
-            sae_add_identity: bool = False,
-            aggregation_factor: int = 1,
-            aggregation_op: str = 'sum',
-            aggregate_after: str = 'stage',
-            drop_path_rate: float = 0.,
-            **kwargs,
+        self,
+        depth: int = 20,
+        widths: tuple[int, int, int] = (16, 32, 64),
+        stem_width: int = 16,
+        sae_cardinality: int = 0,
+        sae_reduction: int = 16,
+        sae_add_identity: bool = False,
+        aggregation_factor: int = 1,
+        aggregation_op: str = 'sum',
+        aggregate_after: str = 'stage',
+        drop_path_rate: float = 0.0,
+        **kwargs,
     ) -> None:
         """
         Args:
@@ -77,7 +78,8 @@ class CifarResNet(Trunk32):
         check_whole_number('aggregation_factor', aggregation_factor)
         if aggregation_op not in ChannelAggregation.OPS:
             raise ValueError(
-                f'aggregation_op must be one of {", ".join(ChannelAggregation.OPS)}, got {aggregation_op!r}')
+                f'aggregation_op must be one of {", ".join(ChannelAggregation.OPS)}, got {aggregation_op!r}'
+            )
         for width in widths:
             if width % aggregation_factor:
                 raise ValueError(f'aggregation_factor must divide the widths {tuple(widths)}, got {aggregation_factor}')
@@ -85,10 +87,14 @@ class CifarResNet(Trunk32):
         n = (depth - 2) // 6
         drop_rates = iter(calculate_drop_path_rates(drop_path_rate, 3 * n))
         aggregation = partial(ChannelAggregation, aggregation_factor, aggregation_op)
-        block = partial(
-            SaEBasicBlock,
-            attn_layer=sae_layer(sae_reduction, sae_cardinality, sae_add_identity),
-        ) if sae_cardinality else BasicBlock
+        block = (
+            partial(
+                SaEBasicBlock,
+                attn_layer=sae_layer(sae_reduction, sae_cardinality, sae_add_identity),
+            )
+            if sae_cardinality
+            else BasicBlock
+        )
 
         def stages(in_width: int, dd: dict[str, Any]) -> list[tuple[nn.Sequential, int]]:
             built = []
@@ -97,10 +103,15 @@ class CifarResNet(Trunk32):
                 for i in range(n):
                     stride = first_stride if i == 0 else 1
                     rate = next(drop_rates)
-                    shortcut = downsample_conv(in_width, width, 1, stride, **dd) \
-                        if stride != 1 or in_width != width else None
-                    stage.add_module(str(i), block(
-                        in_width, width, stride, shortcut, drop_path=DropPath(rate) if rate > 0. else None, **dd))
+                    shortcut = (
+                        downsample_conv(in_width, width, 1, stride, **dd) if stride != 1 or in_width != width else None
+                    )
+                    stage.add_module(
+                        str(i),
+                        block(
+                            in_width, width, stride, shortcut, drop_path=DropPath(rate) if rate > 0.0 else None, **dd
+                        ),
+                    )
                     in_width = width
                     last = i == n - 1
                     if aggregation_factor > 1 and (aggregate_after == 'block' or last):
@@ -115,9 +126,16 @@ class CifarResNet(Trunk32):
 
 def _cfg(**kwargs) -> dict[str, Any]:
     return {
-        'num_classes': 10, 'input_size': (3, 32, 32), 'pool_size': (8, 8),
-        'crop_pct': 1.0, 'interpolation': 'bilinear', 'mean': CIFAR_MEAN, 'std': CIFAR_STD,
-        'first_conv': 'conv1', 'classifier': 'fc', 'license': 'apache-2.0',
+        'num_classes': 10,
+        'input_size': (3, 32, 32),
+        'pool_size': (8, 8),
+        'crop_pct': 1.0,
+        'interpolation': 'bilinear',
+        'mean': CIFAR_MEAN,
+        'std': CIFAR_STD,
+        'first_conv': 'conv1',
+        'classifier': 'fc',
+        'license': 'apache-2.0',
         **kwargs,
     }
 
@@ -126,17 +144,29 @@ _FASHION_MNIST = _cfg(
     mean=(0.2860,) * 3,
     std=(0.3530,) * 3,
     label_names=(
-        'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot'),
+        'T-shirt/top',
+        'Trouser',
+        'Pullover',
+        'Dress',
+        'Coat',
+        'Sandal',
+        'Shirt',
+        'Sneaker',
+        'Bag',
+        'Ankle boot',
+    ),
 )
 
-default_cfgs = generate_default_cfgs({
-    **shipped_cfgs(('cifar_resnet20', 'cifar_seresnet20', 'senetv2_resnet20'), 'fmnist', _FASHION_MNIST),
-    **{
-        f'{family}{depth}.untrained': _cfg()
-        for family in ('cifar_resnet', 'cifar_seresnet', 'senetv2_resnet', 'seanet')
-        for depth in (20, 32, 44, 56, 110)
-    },
-})
+default_cfgs = generate_default_cfgs(
+    {
+        **shipped_cfgs(('cifar_resnet20', 'cifar_seresnet20', 'senetv2_resnet20'), 'fmnist', _FASHION_MNIST),
+        **{
+            f'{family}{depth}.untrained': _cfg()
+            for family in ('cifar_resnet', 'cifar_seresnet', 'senetv2_resnet', 'seanet')
+            for depth in (20, 32, 44, 56, 110)
+        },
+    }
+)
 
 
 def _create_cifar(variant: str, pretrained: bool, **kwargs) -> CifarResNet:

@@ -5,6 +5,7 @@ Paper: `SENetV2: Aggregated dense layer for channelwise and global representatio
 The layer sits where timm's ResNets put `se`: after the last norm of the residual branch, before the shortcut is added.
 That placement gives the parameter counts the author publishes.
 """
+
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -22,10 +23,17 @@ __all__: list[str] = []  # register_model adds each entry function
 
 def _cfg(**kwargs) -> dict[str, Any]:
     return {
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
-        'crop_pct': 0.95, 'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'conv1', 'classifier': 'fc', 'license': 'apache-2.0', 'paper_ids': 'arXiv:2311.10807',
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': (7, 7),
+        'crop_pct': 0.95,
+        'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'conv1',
+        'classifier': 'fc',
+        'license': 'apache-2.0',
+        'paper_ids': 'arXiv:2311.10807',
         **kwargs,
     }
 
@@ -54,36 +62,38 @@ _SE_SOURCES = {
     'senextv2_aa201d_32x8d': ('seresnextaa201d_32x8d.sw_in12k_ft_in1k_384',),
 }
 
-default_cfgs = generate_default_cfgs({
-    **lifted_cfgs(_SE_SOURCES),
-    'senetv2_resnet18.untrained': _cfg(),
-    'senetv2_resnet34.untrained': _cfg(),
-    'senetv2_resnet50.untrained': _cfg(),
-    'senetv2_resnet101.untrained': _cfg(),
-    'senetv2_resnet152.untrained': _cfg(),
-    'senetv2_resnet152d.untrained': _cfg(first_conv='conv1.0'),
-    'senextv2_50.untrained': _cfg(),
-    'senextv2_26d_32x4d.untrained': _cfg(first_conv='conv1.0'),
-    'senextv2_26t_32x4d.untrained': _cfg(first_conv='conv1.0'),
-    'senextv2_101_32x4d.untrained': _cfg(),
-    'senextv2_101_32x8d.untrained': _cfg(),
-    'senextv2_101_64x4d.untrained': _cfg(),
-    'senextv2_101d_32x8d.untrained': _cfg(first_conv='conv1.0'),
-    'senextv2_aa101d_32x8d.untrained': _cfg(first_conv='conv1.0'),
-    'senextv2_aa201d_32x8d.untrained': _cfg(first_conv='conv1.0'),
-})
+default_cfgs = generate_default_cfgs(
+    {
+        **lifted_cfgs(_SE_SOURCES),
+        'senetv2_resnet18.untrained': _cfg(),
+        'senetv2_resnet34.untrained': _cfg(),
+        'senetv2_resnet50.untrained': _cfg(),
+        'senetv2_resnet101.untrained': _cfg(),
+        'senetv2_resnet152.untrained': _cfg(),
+        'senetv2_resnet152d.untrained': _cfg(first_conv='conv1.0'),
+        'senextv2_50.untrained': _cfg(),
+        'senextv2_26d_32x4d.untrained': _cfg(first_conv='conv1.0'),
+        'senextv2_26t_32x4d.untrained': _cfg(first_conv='conv1.0'),
+        'senextv2_101_32x4d.untrained': _cfg(),
+        'senextv2_101_32x8d.untrained': _cfg(),
+        'senextv2_101_64x4d.untrained': _cfg(),
+        'senextv2_101d_32x8d.untrained': _cfg(first_conv='conv1.0'),
+        'senextv2_aa101d_32x8d.untrained': _cfg(first_conv='conv1.0'),
+        'senextv2_aa201d_32x8d.untrained': _cfg(first_conv='conv1.0'),
+    }
+)
 
 # timm's "d" trunk: three 3x3 convs in the stem, average pooling in the shortcut
 _D = dict(stem_width=32, stem_type='deep', avg_down=True)
 
 
 def _create_senetv2(
-        variant: str,
-        pretrained: bool,
-        sae_reduction: int = 32,
-        sae_cardinality: int = 4,
-        sae_add_identity: bool = False,
-        **kwargs,
+    variant: str,
+    pretrained: bool,
+    sae_reduction: int = 32,
+    sae_cardinality: int = 4,
+    sae_add_identity: bool = False,
+    **kwargs,
 ) -> ResNet:
     """Build one of timm's ResNets around SaE.
 
@@ -102,7 +112,8 @@ def _create_senetv2(
     attn_layer = sae_layer(sae_reduction, sae_cardinality, sae_add_identity)
     block_args = dict(attn_layer=attn_layer, **kwargs.pop('block_args', {}))
     return build_model_with_cfg(
-        ResNet, variant, pretrained, block_args=block_args, pretrained_filter_fn=lift_state_dict, **kwargs)
+        ResNet, variant, pretrained, block_args=block_args, pretrained_filter_fn=lift_state_dict, **kwargs
+    )
 
 
 def _trunk(block: type[nn.Module], *layers: int, **kwargs) -> dict[str, Any]:
@@ -211,5 +222,6 @@ def senextv2_aa101d_32x8d(pretrained: bool = False, **kwargs) -> ResNet:
 def senextv2_aa201d_32x8d(pretrained: bool = False, **kwargs) -> ResNet:
     """SEneXtV2-AA-201-D 32x8d: the trunk of timm's seresnextaa201d_32x8d (anti-aliased) with SaE in every block."""
     model_args = _trunk(
-        SaEBottleneck, 3, 24, 36, 4, cardinality=32, base_width=8, aa_layer=nn.AvgPool2d, **dict(_D, stem_width=64))
+        SaEBottleneck, 3, 24, 36, 4, cardinality=32, base_width=8, aa_layer=nn.AvgPool2d, **dict(_D, stem_width=64)
+    )
     return _create_senetv2('senextv2_aa201d_32x8d', pretrained, **dict(model_args, **kwargs))

@@ -3,6 +3,7 @@
 The comparison of a Keras repository that trained a small CNN on CIFAR-10 with and without SE blocks. Its layers are not
 published; this is a 3x3 stem and three stages of widths 32, 64, 128.
 """
+
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs
@@ -20,15 +21,16 @@ __all__ = ['SmallCNN']  # register_model adds each entry function
 
 class SmallCNN(Trunk32):
     """A 3x3 stem and three stages of 3x3 conv, norm, ReLU, with attention at the end of each stage."""
+
     checkpoint_whole_stages = True
 
     def __init__(
-            self,
-            widths: tuple[int, int, int] = (32, 64, 128),
-            sae_cardinality: int = 0,
-            sae_reduction: int = 16,
-            sae_add_identity: bool = False,
-            **kwargs,
+        self,
+        widths: tuple[int, int, int] = (32, 64, 128),
+        sae_cardinality: int = 0,
+        sae_reduction: int = 16,
+        sae_add_identity: bool = False,
+        **kwargs,
     ) -> None:
         """
         Args:
@@ -66,9 +68,9 @@ class SmallCNN(Trunk32):
         return super().group_matcher(coarse=True)
 
 
-default_cfgs = generate_default_cfgs({
-    f'{name}.untrained': _cfg() for name in ('small_cnn', 'small_secnn', 'small_saecnn')
-})
+default_cfgs = generate_default_cfgs(
+    {f'{name}.untrained': _cfg() for name in ('small_cnn', 'small_secnn', 'small_saecnn')}
+)
 
 
 def _create_small_cnn(variant: str, pretrained: bool, **kwargs) -> SmallCNN:

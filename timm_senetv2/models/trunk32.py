@@ -1,4 +1,5 @@
 """What the 32-pixel trunks share: a 3x3 stem without pooling, three stages, a pooled classifier, timm's model API."""
+
 from collections.abc import Callable
 from typing import Any
 
@@ -32,18 +33,19 @@ class Trunk32(nn.Module):
     A subclass builds the stages; stage i keeps the resolution of the one before it (i = 1) or halves it (i = 2, 3).
     Features are NCHW at reductions 1 (stem), 1, 2 and 4.
     """
+
     checkpoint_whole_stages = False  # True where the modules of a stage work in place on each other's outputs
 
     def __init__(
-            self,
-            stages: Callable[[int, dict[str, Any]], list[tuple[nn.Sequential, int]]],
-            stem_width: int,
-            num_classes: int = 10,
-            in_chans: int = 3,
-            global_pool: str = 'avg',
-            drop_rate: float = 0.,
-            device=None,
-            dtype=None,
+        self,
+        stages: Callable[[int, dict[str, Any]], list[tuple[nn.Sequential, int]]],
+        stem_width: int,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        global_pool: str = 'avg',
+        drop_rate: float = 0.0,
+        device=None,
+        dtype=None,
     ) -> None:
         """
         Args:
@@ -115,19 +117,20 @@ class Trunk32(nn.Module):
         pool_type = self.global_pool.pool_type if global_pool is None else global_pool
         self.num_classes = num_classes
         self.global_pool, self.fc = create_classifier(
-            self.num_features, num_classes, pool_type=pool_type, device=weight.device, dtype=weight.dtype)
+            self.num_features, num_classes, pool_type=pool_type, device=weight.device, dtype=weight.dtype
+        )
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.global_pool.train(self.training)
         self.fc.train(self.training)
 
     def forward_intermediates(
-            self,
-            x: torch.Tensor,
-            indices: int | list[int] | None = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
         """Run the trunk and collect the outputs of the stem (index 0) and the stages (1, 2, 3).
 
@@ -157,10 +160,10 @@ class Trunk32(nn.Module):
         return intermediates if intermediates_only else (x, intermediates)
 
     def prune_intermediate_layers(
-            self,
-            indices: int | list[int] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
+        self,
+        indices: int | list[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
     ) -> list[int]:
         """Drop the stages that the listed intermediates do not need, and the classifier with them.
 
