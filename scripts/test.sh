@@ -28,6 +28,7 @@ use_venv scripts test
 cd "$root"
 export OMP_NUM_THREADS=1  # two processes side by side are faster than two threads in one
 "$python" -m ruff check .
+"$python" -m ruff format --check .
 # shellcheck disable=SC2086
 "$python" tests/run_timm_tests.py $models -n 2
 "$python" -m pytest -q -m "$which" -n 2 --dist loadscope  # last, so that its closing line is
