@@ -18,6 +18,7 @@ PAPERS = {  # by the beginning of the name; the README has the links
     'senetv2_': '[SENetV2]',
     'senextv2_': '[SENetV2]',
     'seanet': '[SEANet]',
+    'cifar_senetv2': '[SENetV2]',
     'cifar_seresnet': '[SENet]',
     'cifar_resnet': '[ResNet]',
     'small_saecnn': '[SENetV2]',

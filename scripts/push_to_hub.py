@@ -1,6 +1,6 @@
 """Put a model on the Hugging Face Hub: weights as safetensors, timm's config, a model card, all in one commit.
 
-    python scripts/push_to_hub.py --model senetv2_resnet20 --pretrained fmnist --repo-id me/senetv2_resnet20.fmnist
+    python scripts/push_to_hub.py --model cifar_senetv2_resnet20 --pretrained fmnist --repo-id me/mine.fmnist
     python scripts/push_to_hub.py --model senetv2_resnet50 --checkpoint output/train/run/model_best.pth.tar --ema \\
         --card facts.yaml --repo-id me/senetv2_resnet50.mine --private
     python scripts/push_to_hub.py ... --dry-run out/     writes the three files and pushes nothing

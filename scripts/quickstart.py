@@ -13,7 +13,7 @@ from pathlib import Path
 
 from _cli import UserError, run
 
-MODELS = ('small_cnn', 'small_secnn', 'small_saecnn', 'senetv2_resnet20')
+MODELS = ('small_cnn', 'small_secnn', 'small_saecnn', 'cifar_senetv2_resnet20')
 RESULTS = 'results.csv'  # marks a folder as one of this script's
 PICTURE = 'quickstart.png'
 COLUMNS = ('model', 'parameters', 'test loss', 'test accuracy', 'seconds')

@@ -1,10 +1,10 @@
 """Train a grid of models x options x seeds under one protocol, and tabulate, compare and plot what comes out.
 
     python scripts/reproduce.py --dataset digits --image-size 16 --crop-padding 2 --protocol modern --epochs 20 \\
-        --models cifar_resnet20 cifar_seresnet20 senetv2_resnet20 --seeds 0 1 2 3 4 --out output/digits
+        --models cifar_resnet20 cifar_seresnet20 cifar_senetv2_resnet20 --seeds 0 1 2 3 4 --out output/digits
 
-A model is a timm name, with options after a colon: senetv2_resnet20:sae_cardinality=2,sae_reduction=8. Values are
-Python literals; values parted by | make a grid: 'senetv2_resnet20:sae_cardinality=1|2|4|8,sae_reduction=8|16|32'.
+A model is a timm name, with options after a colon: cifar_senetv2_resnet20:sae_cardinality=2,sae_reduction=8. Values are
+Python literals; values parted by | make a grid: 'cifar_senetv2_resnet20:sae_cardinality=1|2|4|8,sae_reduction=8|16|32'.
 
 Protocols (a number that has an option below can be overridden by it):
   seanet    the SEANet authors': SGD, momentum 0.9, lr 0.1, weight decay 1e-4 on all parameters, batch 64, 200 epochs,

@@ -27,7 +27,7 @@ FAST = (
     'small_saecnn',
     'cifar_resnet20',
     'cifar_seresnet20',
-    'senetv2_resnet20',
+    'cifar_senetv2_resnet20',
     'seanet20',
     'senetv2_resnet18',
     'senextv2_26t_32x4d',

@@ -8,7 +8,7 @@ import benchmark
 import pytest
 import torch
 
-MODELS = ['small_cnn', 'small_saecnn', 'senetv2_resnet20:reparameterized', 'senetv2_resnet20:four-branch']
+MODELS = ['small_cnn', 'small_saecnn', 'cifar_senetv2_resnet20:reparameterized', 'cifar_senetv2_resnet20:four-branch']
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -140,10 +140,10 @@ def test_target_line_says_met_missed_or_not_measured():
     'arguments, message',
     [
         (['--models', 'resnet5'], "unknown model 'resnet5'"),
-        (['--models', 'senetv2_resnet20:fast'], "unknown variant 'fast'"),
+        (['--models', 'cifar_senetv2_resnet20:fast'], "unknown variant 'fast'"),
         (['--models', 'cifar_resnet20:four-branch'], 'no SaE blocks'),
         (['--models', 'small_cnn', '--baseline', 'resnet50'], "baseline 'resnet50' is not among the models"),
-        (['--models', 'senetv2_resnet20:reparameterized', '--train'], 'no norms left to train'),
+        (['--models', 'cifar_senetv2_resnet20:reparameterized', '--train'], 'no norms left to train'),
         (['--rounds', '0'], 'not a whole number above zero'),
         (['--dtype', 'int8'], 'invalid choice'),
         pytest.param(

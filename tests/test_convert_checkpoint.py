@@ -212,7 +212,7 @@ def port(attribute: str = 'se', **kwargs) -> nn.Module:
 def test_branches_become_one_layer_with_the_same_logits(tmp_path, attribute, attention):
     source = port(attribute, **attention)
     cardinality = max(4, len(attention['names']))
-    model = timm.create_model('senetv2_resnet20', num_classes=5, sae_cardinality=cardinality).eval()
+    model = timm.create_model('cifar_senetv2_resnet20', num_classes=5, sae_cardinality=cardinality).eval()
     model.load_state_dict(convert_state_dict(source.state_dict(), model))
     x = images()
     expected = source(x)
@@ -223,7 +223,7 @@ def test_branches_become_one_layer_with_the_same_logits(tmp_path, attribute, att
 def test_script_converts_a_port_in_safetensors(tmp_path):
     source = port(**NUMBERED)
     safetensors.torch.save_file(source.state_dict(), tmp_path / 'port.safetensors')
-    arguments = [tmp_path / 'port.safetensors', '--model', 'senetv2_resnet20', '--out', tmp_path / 'out']
+    arguments = [tmp_path / 'port.safetensors', '--model', 'cifar_senetv2_resnet20', '--out', tmp_path / 'out']
     done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
@@ -236,7 +236,7 @@ def test_options_of_the_model_are_kept_in_the_directory(tmp_path, convert):
     done = convert(
         tmp_path / 'x.pth',
         '--model',
-        'senetv2_resnet20',
+        'cifar_senetv2_resnet20',
         '--out',
         tmp_path / 'out',
         '--model-kwargs',

@@ -324,10 +324,10 @@ def test_timm_loads_what_was_pushed_with_equal_logits(as_default_hub, push, mode
 
 def test_options_of_the_model_come_back_from_the_hub(as_default_hub, tmp_path, naps):
     torch.manual_seed(2)
-    given = timm.create_model('senetv2_resnet20', num_classes=7, in_chans=1, sae_cardinality=2, sae_reduction=4)
+    given = timm.create_model('cifar_senetv2_resnet20', num_classes=7, in_chans=1, sae_cardinality=2, sae_reduction=4)
     save_file(given.state_dict(), tmp_path / 'w.safetensors')
     model = hub.build(
-        'senetv2_resnet20',
+        'cifar_senetv2_resnet20',
         checkpoint=tmp_path / 'w.safetensors',
         num_classes=7,
         in_chans=1,
@@ -491,11 +491,11 @@ def test_writing_twice_gives_the_same_bytes(trained, folder, tmp_path):
 
 
 def test_shipped_weights_are_written_with_their_labels_and_card(tmp_path):
-    model, facts = hub.build('senetv2_resnet20', tag='fmnist'), hub.facts_of('senetv2_resnet20', 'fmnist')
+    model, facts = hub.build('cifar_senetv2_resnet20', tag='fmnist'), hub.facts_of('cifar_senetv2_resnet20', 'fmnist')
     config = written_config(model, tmp_path, facts)
     assert config['label_names'][9] == 'Ankle boot' and config['pretrained_cfg']['tag'] == 'fmnist'
     written = load_file(tmp_path / 'model.safetensors')
-    shipped = load_file(get_pretrained_cfg('senetv2_resnet20.fmnist').file)
+    shipped = load_file(get_pretrained_cfg('cifar_senetv2_resnet20.fmnist').file)
     assert written.keys() == shipped.keys() and all(torch.equal(written[k], shipped[k]) for k in shipped)
     assert 'Fashion-MNIST' in (tmp_path / 'README.md').read_text()
 

@@ -32,14 +32,14 @@ TWINS = {  # the model of timm with the same trunk and SE in the place of SaE
     'senextv2_aa101d_32x8d': 'seresnextaa101d_32x8d',
     'senextv2_aa201d_32x8d': 'seresnextaa201d_32x8d',
 }
-TRUNKS32 = {f'{f}{d}': d for f in ('cifar_resnet', 'cifar_seresnet', 'senetv2_resnet', 'seanet') for d in DEPTHS}
+TRUNKS32 = {f'{f}{d}': d for f in ('cifar_resnet', 'cifar_seresnet', 'cifar_senetv2_resnet', 'seanet') for d in DEPTHS}
 SMALL = ('small_cnn', 'small_secnn', 'small_saecnn')
 ALL = (*TWINS, *TRUNKS32, *SMALL)
 # One model of every kind, quick enough to run on real tensors
 QUICK = (
     'small_saecnn',
     'cifar_resnet20',
-    'senetv2_resnet20',
+    'cifar_senetv2_resnet20',
     'seanet20',
     'senetv2_resnet18',
     'senextv2_26t_32x4d',
@@ -130,7 +130,7 @@ def test_parameters_of_32_pixel_trunks(name):
     expected = {
         'cifar_resnet': ((16, 32, 64), 0, 1, 1, 'stage'),
         'cifar_seresnet': ((16, 32, 64), 1, 16, 1, 'stage'),
-        'senetv2_resnet': ((16, 32, 64), 4, 16, 1, 'stage'),
+        'cifar_senetv2_resnet': ((16, 32, 64), 4, 16, 1, 'stage'),
         'seanet': ((128, 256, 512), 1, 8, 4, 'stage'),
     }[family]
     assert count(meta(name)) == trunk32_parameters(TRUNKS32[name], *expected)
@@ -252,7 +252,7 @@ def test_aggregation_options_change_the_widths(factor, after):
     assert all(m.factor == factor and m.op == 'max' for m in layers)
 
 
-@pytest.mark.parametrize('name', ['senetv2_resnet18', 'senextv2_26t_32x4d', 'senetv2_resnet20', 'small_saecnn'])
+@pytest.mark.parametrize('name', ['senetv2_resnet18', 'senextv2_26t_32x4d', 'cifar_senetv2_resnet20', 'small_saecnn'])
 def test_sae_options_reach_every_layer(name):
     model = meta(name, sae_reduction=8, sae_cardinality=2, sae_add_identity=True)
     layers = [m for m in model.modules() if isinstance(m, SqueezeAggregatedExcitation)]
@@ -262,8 +262,8 @@ def test_sae_options_reach_every_layer(name):
 
 
 def test_sae_options_give_and_take_attention_on_32_pixel_trunks():
-    assert count(meta('cifar_resnet20', sae_cardinality=4)) == count(meta('senetv2_resnet20'))
-    assert count(meta('senetv2_resnet20', sae_cardinality=0)) == count(meta('cifar_resnet20'))
+    assert count(meta('cifar_resnet20', sae_cardinality=4)) == count(meta('cifar_senetv2_resnet20'))
+    assert count(meta('cifar_senetv2_resnet20', sae_cardinality=0)) == count(meta('cifar_resnet20'))
     assert count(meta('small_cnn', sae_cardinality=1)) == count(meta('small_secnn'))
 
 
@@ -279,8 +279,8 @@ def test_sae_options_give_and_take_attention_on_32_pixel_trunks():
         ('cifar_resnet20', dict(depth=21), 'depth .* got 21'),
         ('cifar_resnet20', dict(depth=2), 'depth .* got 2'),
         ('cifar_resnet20', dict(aggregation_op='median'), "aggregation_op .* got 'median'"),
-        ('senetv2_resnet20', dict(sae_cardinality=-1), 'sae_cardinality .* got -1'),
-        ('senetv2_resnet20', dict(sae_cardinality=1.5), 'sae_cardinality .* got 1.5'),
+        ('cifar_senetv2_resnet20', dict(sae_cardinality=-1), 'sae_cardinality .* got -1'),
+        ('cifar_senetv2_resnet20', dict(sae_cardinality=1.5), 'sae_cardinality .* got 1.5'),
         ('small_saecnn', dict(sae_cardinality=-1), 'sae_cardinality .* at least 0, got -1'),
         ('small_saecnn', dict(sae_cardinality=True), 'sae_cardinality .* got True'),
         ('small_saecnn', dict(sae_reduction=-1), 'sae_reduction .* got -1'),
@@ -486,7 +486,7 @@ def test_drop_rate_drops_in_training_only(name):
     assert 0.3 < share < 0.7
 
 
-@pytest.mark.parametrize('name', ['cifar_resnet20', 'senetv2_resnet20', 'seanet20', 'senetv2_resnet18'])
+@pytest.mark.parametrize('name', ['cifar_resnet20', 'cifar_senetv2_resnet20', 'seanet20', 'senetv2_resnet18'])
 def test_drop_path_rises_linearly_and_acts_in_training_only(name):
     model = timm.create_model(name, drop_path_rate=0.4).eval()
     rates = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
@@ -553,7 +553,7 @@ def test_empty_batch(name):
     assert model(images(0)).shape == (0, model.num_classes)
 
 
-@pytest.mark.parametrize('name', ['small_saecnn', 'senetv2_resnet20', 'seanet20', 'senextv2_26t_32x4d'])
+@pytest.mark.parametrize('name', ['small_saecnn', 'cifar_senetv2_resnet20', 'seanet20', 'senextv2_26t_32x4d'])
 def test_compile_fullgraph_and_export_with_a_dynamic_batch(name):
     model, x = timm.create_model(name).eval(), images(3)
     with torch.no_grad():
@@ -574,7 +574,7 @@ def test_compile_fullgraph_and_export_with_a_dynamic_batch(name):
         ('small_saecnn', dict(sae_cardinality=2, sae_reduction=8, sae_add_identity=True, widths=(8, 16, 32))),
         ('cifar_resnet20', dict(num_classes=100, depth=14, global_pool='avgmax')),
         ('cifar_seresnet20', dict(sae_reduction=4, in_chans=1)),
-        ('senetv2_resnet20', dict(sae_cardinality=8, sae_add_identity=True, drop_path_rate=0.1)),
+        ('cifar_senetv2_resnet20', dict(sae_cardinality=8, sae_add_identity=True, drop_path_rate=0.1)),
         ('seanet20', dict(aggregation_factor=2, aggregation_op='max', aggregate_after='block', widths=(16, 32, 64))),
         ('senetv2_resnet18', dict(sae_reduction=16, sae_cardinality=2, sae_add_identity=True, num_classes=11)),
         ('senextv2_26t_32x4d', dict(sae_reduction=8, sae_cardinality=1, num_classes=3, drop_rate=0.2)),
@@ -598,9 +598,9 @@ def test_saved_checkpoint_rebuilds_itself_with_equal_logits(name, kwargs, tmp_pa
 
 
 def test_saved_weights_load_by_path(tmp_path):
-    model = timm.create_model('senetv2_resnet20').eval()
+    model = timm.create_model('cifar_senetv2_resnet20').eval()
     save_for_hf(model, tmp_path, safe_serialization=True)
-    again = timm.create_model('senetv2_resnet20').eval()
+    again = timm.create_model('cifar_senetv2_resnet20').eval()
     load_checkpoint(again, str(tmp_path / 'model.safetensors'))
     x = images()
     assert torch.equal(again(x), model(x))

@@ -213,7 +213,7 @@ def test_any_number_of_hidden_units_that_fits_is_lifted():
 def test_lift_from_fewer_branches_of_our_own():
     source = randomize(timm.create_model('cifar_seresnet20'), images(4, 32))
     x = images(size=32)
-    torch.testing.assert_close(lifted('senetv2_resnet20', source)(x), source(x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(lifted('cifar_senetv2_resnet20', source)(x), source(x), rtol=0, atol=1e-5)
 
 
 # ---- native weights, and weights that do not fit

@@ -28,5 +28,5 @@ def test_count_agrees_with_timms_model_cards(name, params):
 
 
 def test_count_is_the_same_on_meta_and_on_the_cpu():
-    on_meta = count(timm.create_model('senetv2_resnet20', device='meta'), (3, 32, 32))
-    assert on_meta == count(timm.create_model('senetv2_resnet20'), (3, 32, 32))
+    on_meta = count(timm.create_model('cifar_senetv2_resnet20', device='meta'), (3, 32, 32))
+    assert on_meta == count(timm.create_model('cifar_senetv2_resnet20'), (3, 32, 32))

@@ -161,7 +161,7 @@ def test_bad_input_is_one_plain_line_and_exit_code_2(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: unknown model 'senetv2_resnet21'; did you mean")
-    assert 'senetv2_resnet20' in done.stderr
+    assert 'cifar_senetv2_resnet20' in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 

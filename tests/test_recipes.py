@@ -46,7 +46,7 @@ def test_there_is_a_recipe_for_every_case():
         'senetv2_resnet50_finetune',
         'seanet20_cifar10',
         'seanet20_cifar100',
-        'senetv2_resnet20_fashion_mnist',
+        'cifar_senetv2_resnet20_fashion_mnist',
     }
 
 

@@ -59,7 +59,7 @@ def test_every_import_order_registers(first, tmp_path):
         warnings.simplefilter('error', RuntimeWarning)
         {first}
         import timm
-        model = timm.create_model('senetv2_resnet20')
+        model = timm.create_model('cifar_senetv2_resnet20')
         print(len(ours()), type(model).__name__)
     """
     stdout, stderr = fresh(code, cwd=tmp_path)
@@ -107,7 +107,7 @@ def test_timm_finds_the_models_in_every_way_it_lists_them(tmp_path):
         """
         import timm
         print(json.dumps(dict(
-            wildcard=timm.list_models('senetv2*'),
+            wildcard=timm.list_models('*senetv2*'),
             module=timm.list_models(module='senetv2'),
             modules=timm.list_models(module='*'),
             is_model=[timm.is_model(n) for n in ('seanet20', 'small_saecnn', 'senextv2_50', 'senetv2_resnet51')],
@@ -120,7 +120,7 @@ def test_timm_finds_the_models_in_every_way_it_lists_them(tmp_path):
     )
     found = json.loads(stdout)
     trunks224 = [f'senetv2_resnet{d}' for d in ('18', '34', '50', '101', '152', '152d')]
-    trunks32 = [f'senetv2_resnet{d}' for d in (20, 32, 44, 56, 110)]
+    trunks32 = [f'cifar_senetv2_resnet{d}' for d in (20, 32, 44, 56, 110)]
     assert sorted(found['wildcard']) == sorted(trunks224 + trunks32)
     assert sorted(n for n in found['module'] if n.startswith('senetv2')) == sorted(trunks224)
     assert sum(n.startswith('senextv2') for n in found['module']) == 9
@@ -143,7 +143,7 @@ def test_a_spawned_loader_worker_sees_the_models(tmp_path):
 
             def __getitem__(self, index):
                 import timm
-                return timm.create_model('senetv2_resnet20', num_classes=7 + index).num_classes
+                return timm.create_model('cifar_senetv2_resnet20', num_classes=7 + index).num_classes
 
         if __name__ == '__main__':
             loader = DataLoader(Names(), batch_size=1, num_workers=1, multiprocessing_context='spawn')

@@ -344,9 +344,9 @@ def test_protocols_are_the_papers():
 
 
 def test_specs_expand_to_their_grid():
-    assert [str(s) for s in parse_specs('senetv2_resnet20:sae_cardinality=1|2,sae_reduction=8')] == [
-        'senetv2_resnet20:sae_cardinality=1,sae_reduction=8',
-        'senetv2_resnet20:sae_cardinality=2,sae_reduction=8',
+    assert [str(s) for s in parse_specs('cifar_senetv2_resnet20:sae_cardinality=1|2,sae_reduction=8')] == [
+        'cifar_senetv2_resnet20:sae_cardinality=1,sae_reduction=8',
+        'cifar_senetv2_resnet20:sae_cardinality=2,sae_reduction=8',
     ]
     (spec,) = parse_specs('cifar_resnet20:widths=[8, 16,32],aggregation_op=max')
     assert dict(spec.options) == {'widths': [8, 16, 32], 'aggregation_op': 'max'}

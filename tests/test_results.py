@@ -18,7 +18,7 @@ from timm_senetv2 import SqueezeAggregatedExcitation
 
 RESULTS_DIR = Path(__file__).parents[1] / 'results'
 FOLDERS = sorted(path.parent for path in RESULTS_DIR.glob('*/table.md'))
-WEIGHTS = ('cifar_resnet20', 'cifar_seresnet20', 'senetv2_resnet20')
+WEIGHTS = ('cifar_resnet20', 'cifar_seresnet20', 'cifar_senetv2_resnet20')
 
 
 @pytest.mark.parametrize('folder', FOLDERS, ids=lambda folder: folder.name)
@@ -53,11 +53,11 @@ def test_shipped_weights_are_those_of_the_recorded_run(name):
 
 
 @pytest.mark.parametrize(
-    'other', ['cifar_seresnet20:sae_reduction=4', 'senetv2_resnet20:sae_cardinality=2,sae_reduction=8']
+    'other', ['cifar_seresnet20:sae_reduction=4', 'cifar_senetv2_resnet20:sae_cardinality=2,sae_reduction=8']
 )
 def test_branches_and_width_compared_have_the_same_hidden_units_and_the_same_start(other):
     states = []
-    for word in ('senetv2_resnet20', other):
+    for word in ('cifar_senetv2_resnet20', other):
         (spec,) = parse_specs(word)
         torch.manual_seed(3)
         model = spec.create(10)

@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import get_pretrained_cfg, save_for_hf
 
-MODELS = ('cifar_resnet20', 'cifar_seresnet20', 'senetv2_resnet20')
+MODELS = ('cifar_resnet20', 'cifar_seresnet20', 'cifar_senetv2_resnet20')
 # 28-pixel images of the test set, ten a row: row c holds the first ten of class c. Fashion-MNIST, MIT licence
 SHEET = Path(__file__).parent / 'data' / 'fashion_mnist.png'
 

@@ -40,12 +40,12 @@ def process(hub_server, tmp_path):
 
 
 def test_push_then_load_by_the_printed_line_then_load_offline(hub_server, process, tmp_path):
-    model = timm.create_model('senetv2_resnet20')
+    model = timm.create_model('cifar_senetv2_resnet20')
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'last.pth.tar')
     pushed = process(
         push_to_hub.__file__,
         '--model',
-        'senetv2_resnet20',
+        'cifar_senetv2_resnet20',
         '--checkpoint',
         tmp_path / 'last.pth.tar',
         '--repo-id',

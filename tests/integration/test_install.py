@@ -17,7 +17,7 @@ CHECK = """
 import warnings
 warnings.simplefilter('error', RuntimeWarning)
 import timm, torch
-model = timm.create_model('senetv2_resnet20', num_classes=3)
+model = timm.create_model('cifar_senetv2_resnet20', num_classes=3)
 assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
 import timm_senetv2, timm_senetv2.hub
 from importlib.metadata import version

@@ -126,12 +126,12 @@ def test_validate_gives_the_accuracy_of_training(image_folder, seanet):
 def test_resumed_training_equals_uninterrupted(image_folder, tmp_path):
     # one batch an epoch without augmentation: the order of the images does not matter
     args = ('--no-aug', '--batch-size', '24', *CONSTANT)
-    through = train(image_folder, tmp_path / 'through', 'senetv2_resnet20', *args, '--epochs', '2')
-    first = train(image_folder, tmp_path / 'first', 'senetv2_resnet20', *args)
+    through = train(image_folder, tmp_path / 'through', 'cifar_senetv2_resnet20', *args, '--epochs', '2')
+    first = train(image_folder, tmp_path / 'first', 'cifar_senetv2_resnet20', *args)
     resumed = train(
         image_folder,
         tmp_path / 'resumed',
-        'senetv2_resnet20',
+        'cifar_senetv2_resnet20',
         *args,
         '--epochs',
         '2',
@@ -152,7 +152,7 @@ def test_model_kwargs_amp_and_ema(image_folder, tmp_path):
     output = train(
         image_folder,
         tmp_path / 'run',
-        'senetv2_resnet20',
+        'cifar_senetv2_resnet20',
         '--model-kwargs',
         'sae_cardinality=2',
         '--amp',
@@ -168,10 +168,12 @@ def test_model_kwargs_amp_and_ema(image_folder, tmp_path):
     shapes = {k: v.shape for k, v in plain.items()}
     assert shapes == {
         k: v.shape
-        for k, v in timm.create_model('senetv2_resnet20', num_classes=CLASSES, sae_cardinality=2).state_dict().items()
+        for k, v in timm.create_model('cifar_senetv2_resnet20', num_classes=CLASSES, sae_cardinality=2)
+        .state_dict()
+        .items()
     }
     assert shapes != {
-        k: v.shape for k, v in timm.create_model('senetv2_resnet20', num_classes=CLASSES).state_dict().items()
+        k: v.shape for k, v in timm.create_model('cifar_senetv2_resnet20', num_classes=CLASSES).state_dict().items()
     }
     assert all(v.dtype == torch.float32 for k, v in plain.items() if not k.endswith('num_batches_tracked'))
     assert ema.keys() == plain.keys()
@@ -182,7 +184,7 @@ def test_model_kwargs_amp_and_ema(image_folder, tmp_path):
         '--data-dir',
         image_folder,
         '--model',
-        'senetv2_resnet20',
+        'cifar_senetv2_resnet20',
         '--model-kwargs',
         'sae_cardinality=2',
         '--checkpoint',
@@ -232,7 +234,7 @@ def test_two_processes_train_one_model(image_folder, tmp_path):
         '--data-dir',
         image_folder,
         '--model',
-        'senetv2_resnet20',
+        'cifar_senetv2_resnet20',
         '--epochs',
         '1',
         *SMALL,
@@ -252,7 +254,7 @@ def test_two_processes_train_one_model(image_folder, tmp_path):
         assert torch.equal(ranks[0][name], ranks[1][name]), name
         assert torch.equal(ranks[0][name], tensor), name
     torch.manual_seed(42)
-    fresh = timm.create_model('senetv2_resnet20', num_classes=CLASSES)
+    fresh = timm.create_model('cifar_senetv2_resnet20', num_classes=CLASSES)
     assert not torch.equal(checkpoint['layer1.0.se.fc1.weight'], fresh.state_dict()['layer1.0.se.fc1.weight'])
 
     validated = run_script(
@@ -260,7 +262,7 @@ def test_two_processes_train_one_model(image_folder, tmp_path):
         '--data-dir',
         image_folder,
         '--model',
-        'senetv2_resnet20',
+        'cifar_senetv2_resnet20',
         '--checkpoint',
         tmp_path / 'run' / 'last.pth.tar',
         *SMALL,
@@ -278,7 +280,7 @@ def test_plain_train_py_knows_the_models(image_folder, tmp_path):
         '--data-dir',
         image_folder,
         '--model',
-        'senetv2_resnet20',
+        'cifar_senetv2_resnet20',
         '--epochs',
         '1',
         *SMALL,
@@ -289,7 +291,7 @@ def test_plain_train_py_knows_the_models(image_folder, tmp_path):
         '--experiment',
         'run',
     )
-    assert load(tmp_path / 'run' / 'last.pth.tar')['arch'] == 'senetv2_resnet20'
+    assert load(tmp_path / 'run' / 'last.pth.tar')['arch'] == 'cifar_senetv2_resnet20'
 
 
 @pytest.mark.slow
@@ -347,7 +349,7 @@ def test_inference_and_benchmark(image_folder, seanet, tmp_path):
     result = run_script(
         'benchmark',
         '--model',
-        'senetv2_resnet20',
+        'cifar_senetv2_resnet20',
         *CPU,
         '--batch-size',
         '2',

@@ -1,6 +1,6 @@
 """Models to the Hugging Face Hub: a checkpoint that fits, its files, its model card, one commit, and the proof.
 
-    model = build('senetv2_resnet20', checkpoint='model_best.pth.tar')
+    model = build('cifar_senetv2_resnet20', checkpoint='model_best.pth.tar')
     facts = load_facts('facts.yaml')
     write_files(model, 'out', render_card(model, 'me/x', facts, count), facts)
     push('out', 'me/x', model)

@@ -1,9 +1,10 @@
-"""timm's `register_model`, for a guest."""
+"""timm's `register_model` and `register_model_deprecations`, which never override a name that timm has."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from timm.models import is_model, model_entrypoint
+from timm.models import get_deprecated_models, is_model, model_entrypoint
 from timm.models import register_model as timm_register_model
+from timm.models import register_model_deprecations as timm_register_model_deprecations
 
 from ..registration import name_clashes
 
@@ -15,3 +16,11 @@ def register_model(fn: Callable) -> Callable:
         name_clashes.append(name)
         return fn
     return timm_register_model(fn)
+
+
+def register_model_deprecations(module_name: str, current_names: Mapping[str, str]) -> None:
+    """Register old model names, each with its current one, except those that timm has: they stay timm's."""
+    ours = get_deprecated_models()
+    taken = [old for old, new in current_names.items() if is_model(old) and ours.get(old) != new]
+    name_clashes.extend(taken)
+    timm_register_model_deprecations(module_name, {old: new for old, new in current_names.items() if old not in taken})

@@ -23,7 +23,7 @@ from ..layers import ChannelAggregation
 from ..layers._checks import check_whole_number
 from ._options import sae_layer
 from ._pretrained import lift_state_dict, shipped_cfgs
-from ._registry import register_model
+from ._registry import register_model, register_model_deprecations
 from .blocks import SaEBasicBlock
 from .trunk32 import Trunk32
 
@@ -159,10 +159,10 @@ _FASHION_MNIST = _cfg(
 
 default_cfgs = generate_default_cfgs(
     {
-        **shipped_cfgs(('cifar_resnet20', 'cifar_seresnet20', 'senetv2_resnet20'), 'fmnist', _FASHION_MNIST),
+        **shipped_cfgs(('cifar_resnet20', 'cifar_seresnet20', 'cifar_senetv2_resnet20'), 'fmnist', _FASHION_MNIST),
         **{
             f'{family}{depth}.untrained': _cfg()
-            for family in ('cifar_resnet', 'cifar_seresnet', 'senetv2_resnet', 'seanet')
+            for family in ('cifar_resnet', 'cifar_seresnet', 'cifar_senetv2_resnet', 'seanet')
             for depth in (20, 32, 44, 56, 110)
         },
     }
@@ -246,33 +246,33 @@ def cifar_seresnet110(pretrained: bool = False, **kwargs) -> CifarResNet:
 
 
 @register_model
-def senetv2_resnet20(pretrained: bool = False, **kwargs) -> CifarResNet:
+def cifar_senetv2_resnet20(pretrained: bool = False, **kwargs) -> CifarResNet:
     """SENetV2-20 for 32-pixel images: ResNet-20 with SaE (reduction 16, cardinality 4) in every block."""
-    return _create_cifar('senetv2_resnet20', pretrained, **dict(dict(depth=20, **_SAE), **kwargs))
+    return _create_cifar('cifar_senetv2_resnet20', pretrained, **dict(dict(depth=20, **_SAE), **kwargs))
 
 
 @register_model
-def senetv2_resnet32(pretrained: bool = False, **kwargs) -> CifarResNet:
+def cifar_senetv2_resnet32(pretrained: bool = False, **kwargs) -> CifarResNet:
     """SENetV2-32 for 32-pixel images: ResNet-32 with SaE (reduction 16, cardinality 4) in every block."""
-    return _create_cifar('senetv2_resnet32', pretrained, **dict(dict(depth=32, **_SAE), **kwargs))
+    return _create_cifar('cifar_senetv2_resnet32', pretrained, **dict(dict(depth=32, **_SAE), **kwargs))
 
 
 @register_model
-def senetv2_resnet44(pretrained: bool = False, **kwargs) -> CifarResNet:
+def cifar_senetv2_resnet44(pretrained: bool = False, **kwargs) -> CifarResNet:
     """SENetV2-44 for 32-pixel images: ResNet-44 with SaE (reduction 16, cardinality 4) in every block."""
-    return _create_cifar('senetv2_resnet44', pretrained, **dict(dict(depth=44, **_SAE), **kwargs))
+    return _create_cifar('cifar_senetv2_resnet44', pretrained, **dict(dict(depth=44, **_SAE), **kwargs))
 
 
 @register_model
-def senetv2_resnet56(pretrained: bool = False, **kwargs) -> CifarResNet:
+def cifar_senetv2_resnet56(pretrained: bool = False, **kwargs) -> CifarResNet:
     """SENetV2-56 for 32-pixel images: ResNet-56 with SaE (reduction 16, cardinality 4) in every block."""
-    return _create_cifar('senetv2_resnet56', pretrained, **dict(dict(depth=56, **_SAE), **kwargs))
+    return _create_cifar('cifar_senetv2_resnet56', pretrained, **dict(dict(depth=56, **_SAE), **kwargs))
 
 
 @register_model
-def senetv2_resnet110(pretrained: bool = False, **kwargs) -> CifarResNet:
+def cifar_senetv2_resnet110(pretrained: bool = False, **kwargs) -> CifarResNet:
     """SENetV2-110 for 32-pixel images: ResNet-110 with SaE (reduction 16, cardinality 4) in every block."""
-    return _create_cifar('senetv2_resnet110', pretrained, **dict(dict(depth=110, **_SAE), **kwargs))
+    return _create_cifar('cifar_senetv2_resnet110', pretrained, **dict(dict(depth=110, **_SAE), **kwargs))
 
 
 @register_model
@@ -303,3 +303,9 @@ def seanet56(pretrained: bool = False, **kwargs) -> CifarResNet:
 def seanet110(pretrained: bool = False, **kwargs) -> CifarResNet:
     """SEANet-110: widths 128, 256, 512, SE (reduction 8), and the sum over groups of 4 channels after each stage."""
     return _create_cifar('seanet110', pretrained, **dict(dict(depth=110, **_SEANET), **kwargs))
+
+
+# Earlier names, which recorded commands and configs hold
+register_model_deprecations(
+    __name__, {f'senetv2_resnet{depth}': f'cifar_senetv2_resnet{depth}' for depth in (20, 32, 44, 56, 110)}
+)
