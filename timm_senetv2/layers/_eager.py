@@ -1,31 +1,43 @@
-"""What only a program that torch runs step by step gains from."""
+"""Whether anybody can see inside a computation: what every faster way of computing the same has to ask first."""
 
 import torch
+from torch import nn
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+_MODULE_CALL = nn.Module.__call__
+_ORDINARY = (nn.Parameter, torch.Tensor, type(None))
 
 
-def is_eager(x: torch.Tensor) -> bool:
-    """Whether x is a tensor at hand. A trace, an export or a compilation plans memory and passes itself."""
-    return not (isinstance(x, torch.fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing())
+def is_observed() -> bool:
+    """Whether operations are compiled, recorded, transformed or intercepted, or all modules hooked.
 
-
-def has_tangent(*tensors: torch.Tensor) -> bool:
-    """Whether a forward-mode derivative is on its way through one of the tensors."""
-    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-
-
-def scale_gradients(grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of `x * scale`: grad · scale, (N, C, H, W), and the sums of grad · x over the pixels, (N, C).
-
-    scale is (N, C). The first takes the memory of a product that the second needs: on a CPU new memory costs as much as
-    the arithmetic.
+    The one place for names of torch that are not public; tests/test_eager.py fails when one of them goes.
     """
-    product = grad * x
-    sums = product.sum((2, 3))
-    scale = scale[..., None, None]
-    if not torch.is_grad_enabled():
-        try:
-            return torch.mul(grad, scale, out=product), sums
-        except RuntimeError:  # vmap has no rule for `out` and leaves the product alone
-            pass
-    return grad * scale, sums
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None  # vmap, grad, jvp, functionalize, …
+        or forward_ad._current_level >= 0
+        or is_in_torch_dispatch_mode()  # make_fx, FlopCounterMode, FakeTensorMode, …
+        or torch._C._len_torch_function_stack() > 0
+        or bool(_has_any_global_hook())
+        or nn.Module.__call__ is not _MODULE_CALL
+    )
+
+
+def is_plain(module: nn.Module, cls: type[nn.Module], forward: object) -> bool:
+    """Whether the module is exactly of this class, with this forward and no hooks, and its tensors are ordinary ones.
+
+    Parametrizations change the class of a module; pruning, weight norm and spectral norm are hooks of it.
+    """
+    own = module.__dict__
+    return (
+        type(module) is cls
+        and cls.forward is forward
+        and 'forward' not in own
+        and not (own['_forward_hooks'] or own['_forward_pre_hooks'])
+        and not (own['_backward_hooks'] or own['_backward_pre_hooks'])
+        and all(type(t) in _ORDINARY for t in (*own['_parameters'].values(), *own['_buffers'].values()))
+    )

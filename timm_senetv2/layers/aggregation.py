@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ._checks import check_whole_number
-from ._eager import is_eager
+from ._eager import is_observed
 
 
 def _check_groups(channels: int, factor: int) -> None:
@@ -95,7 +95,7 @@ class ChannelAggregation(nn.Module):
 
     def _sum(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():  # alone in its line: TorchScript then leaves the rest uncompiled
-            if self.factor > 1 and is_eager(x) and torch.is_grad_enabled() and x.requires_grad:
+            if self.factor > 1 and type(x) is torch.Tensor and torch.is_grad_enabled() and not is_observed():
                 return _GroupSum.apply(x, self.factor)
         return _sum_groups(x, self.factor)
 

@@ -8,43 +8,39 @@ input that is one dense layer with the branches' rows stacked, exactly, and one 
 built that way: rows [k·d, (k+1)·d) of `fc1` are branch k.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from ._checks import check_whole_number
-from ._eager import has_tangent, is_eager, scale_gradients
+from ._eager import is_observed, is_plain
 
 _WEIGHTS = ('fc1.weight', 'fc1.bias', 'fc2.weight', 'fc2.bias')
 _GATES = {'sigmoid': nn.Sigmoid, 'hard_sigmoid': nn.Hardsigmoid, 'tanh': nn.Tanh}
 
 
-def _channel_means(x: torch.Tensor) -> torch.Tensor:
-    # A sum, divided after: the gradient of a sum is a view of one number a channel, that of a mean is written out
-    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # the sum may be too large for float16
-    return (x.sum((2, 3), dtype=dtype) / (x.shape[2] * x.shape[3])).to(x.dtype)
-
-
-torch.fx.wrap('_channel_means')  # it looks at the dtype, so fx tracing must not look into it
+_LINEAR_FORWARD = nn.Linear.forward
+_LARGE_WEIGHT = 2**17  # elements: the product of one row and a larger matrix is worth a second thread
 
 
 class _Scale(torch.autograd.Function):
-    """x · scale, (N, C, H, W) with a scale of (N, C), and a backward pass that takes no more memory than its result."""
-
-    generate_vmap_rule = True
+    """x · scale, (N, C, H, W) with a scale of (N, C); backward takes no more memory than its result."""
 
     @staticmethod
-    def forward(x, scale):
+    def forward(ctx, x, scale):
+        ctx.save_for_backward(x, scale)
         return x * scale[..., None, None]
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
     def backward(ctx, grad):
-        return scale_gradients(grad, *ctx.saved_tensors)
+        x, scale = ctx.saved_tensors
+        product = grad * x
+        sums = product.sum((2, 3))
+        if torch.is_grad_enabled():  # a derivative of this derivative needs the product
+            return grad * scale[..., None, None], sums
+        return torch.mul(grad, scale[..., None, None], out=product), sums  # on a CPU new memory costs time
 
 
 class SqueezeAggregatedExcitation(nn.Module):
@@ -222,7 +218,7 @@ class SqueezeAggregatedExcitation(nn.Module):
 
     def squeeze(self, x: torch.Tensor) -> torch.Tensor:
         """z, the channel means, (N, C), of x, (N, C, H, W)."""
-        return _channel_means(x)
+        return x.mean((2, 3))
 
     def gate(self, pooled: torch.Tensor) -> torch.Tensor:
         """s, (N, C), from the channel means, (N, C)."""
@@ -237,12 +233,41 @@ class SqueezeAggregatedExcitation(nn.Module):
         return 1 + s if self.add_identity else s
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        scale = self.scale(self.squeeze(x))
         if not torch.jit.is_scripting():  # alone in its line: TorchScript then leaves the rest uncompiled
-            if is_eager(x) and torch.is_grad_enabled() and not has_tangent(x, scale):
-                return _Scale.apply(x, scale)
-        return x * scale[..., None, None]  # an ellipsis, because torch 2.5 cannot export slices of a dynamic batch
+            if type(x) is torch.Tensor and not is_observed():
+                return self._forward_unobserved(x)
+        # an ellipsis, because torch 2.5 cannot export slices of a dynamic batch
+        return x * self.scale(self.squeeze(x))[..., None, None]
+
+    def _forward_unobserved(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return x * self.scale_unobserved(self.squeeze(x))[..., None, None]
+        if x.dtype in (torch.float32, torch.float64):
+            # a sum, divided after: its gradient is a view of one number a channel, that of a mean is written out
+            pooled = x.sum((2, 3)) / (x.shape[2] * x.shape[3])
+        else:
+            pooled = self.squeeze(x)
+        return _Scale.apply(x, self.scale(pooled))
+
+    def scale_unobserved(self, pooled: torch.Tensor) -> torch.Tensor:
+        """`scale` without autograd, where `is_observed()` does not hold: for one image on a CPU with all threads."""
+        if len(pooled) != 1 or not pooled.is_cpu or self.fc1.weight.numel() < _LARGE_WEIGHT:
+            return self.scale(pooled)
+        if not all(is_plain(fc, nn.Linear, _LINEAR_FORWARD) for fc in (self.fc1, self.fc2)):
+            return self.scale(pooled)
+        if not pooled.dtype == self.fc1.weight.dtype == self.fc2.weight.dtype == torch.float32:
+            return self.scale(pooled)
+        s = self.gate_act(_linear_of_one(self.act(_linear_of_one(pooled, self.fc1)), self.fc2))
+        return 1 + s if self.add_identity else s
 
     def extra_repr(self) -> str:
         text = f'{self.channels}, cardinality={self.cardinality}, rd_channels={self.rd_channels}'
         return text + ', add_identity=True' if self.add_identity else text
+
+
+def _linear_of_one(x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+    """`linear(x)` of one row: several products side by side, because a product with one vector runs on one thread."""
+    parts = math.gcd(linear.out_features, 16)
+    rows = linear.weight.view(parts, -1, linear.in_features)
+    out = torch.bmm(rows, x.t().expand(parts, -1, 1)).view(1, -1)
+    return out if linear.bias is None else out.add_(linear.bias)

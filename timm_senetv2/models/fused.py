@@ -1,0 +1,176 @@
+"""The end of a residual block with SaE in fewer passes over its large tensors, for when nobody can see inside.
+
+Notation: y is what the block's last conv puts out, (N, C, H, W); the norm after it is the affine map y -> a·y + b of
+each channel; s, (N, C), is the gate. A block returns act((a·y + b)·s + shortcut). With a·s and b·s, (N, C), that is one
+multiplication and two additions for each element, and the squeeze is the only other reason to read y:
+
+* It needs no reading where the norm has running statistics and the conv is a 1x1 matrix W applied at every pixel: means
+  commute with both, so mean(a·Wx + b) = a·W·mean(x) + b ("squeeze before expand"), and x has a quarter of the channels.
+* In training, the norm's statistics and the squeeze are one pass: the mean and the variance of each image and channel
+  give those of the batch (Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+  variances", 1979), and the squeeze is a·mean_n + b. Backward, autograd of this needs sum(g·y) and sum(g) over the
+  pixels, and writes the gradient of y: what a norm without attention pays.
+
+Under `torch.compile` the formulas are written as they are, and the compiler makes each pass one kernel. Eagerly only
+inference on a CPU gains.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import nn
+
+from ..layers import SqueezeAggregatedExcitation
+from ..layers._eager import is_observed, is_plain
+
+# The classes that a tail takes the place of, each with the forward that it knows
+_FORWARDS = {
+    cls: cls.forward for cls in (nn.BatchNorm2d, nn.Conv2d, nn.Identity, DropPath, SqueezeAggregatedExcitation)
+}
+_WORTHWHILE = 2**19  # elements of a block's input; for fewer, the steps between the passes cost more than a pass
+
+
+def may_fuse(block: nn.Module, x: torch.Tensor, conv: nn.Module, norm: nn.Module) -> bool:
+    """Whether nobody can tell the fused tail from timm's own forward, and the tail is the faster one.
+
+    Args:
+        block: One of timm's residual blocks with SaE.
+        x: The block's input.
+        conv: The last conv of the block.
+        norm: The norm after it.
+    """
+    if type(x) is not torch.Tensor:  # a tensor subclass, or a stand-in for a tensor while a graph is captured
+        return False
+    if torch.compiler.is_compiling():
+        # Nobody but the compiler sees a compiled graph; an exported one is timm's. torch 2.5 cannot tell them apart
+        worthwhile = hasattr(torch.compiler, 'is_exporting') and not torch.compiler.is_exporting()
+    else:
+        worthwhile = (
+            (x.numel() >= _WORTHWHILE or type(norm) is nn.Identity)
+            and x.is_cpu
+            and not torch.is_grad_enabled()
+            and not norm.training
+            and not is_observed()
+        )
+    return (
+        worthwhile
+        and _is_plain(conv, nn.Conv2d)
+        and (_is_plain(norm, nn.BatchNorm2d) and _has_statistics(norm) or _is_plain(norm, nn.Identity))
+        and _is_plain(block.se, SqueezeAggregatedExcitation)
+        and (block.drop_path is None or _is_plain(block.drop_path, DropPath))
+    )
+
+
+def _is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
+    return is_plain(module, cls, _FORWARDS[cls])
+
+
+def _has_statistics(norm: nn.BatchNorm2d) -> bool:
+    return (
+        norm.affine
+        and norm.track_running_stats
+        and norm.running_mean is not None
+        and norm.num_batches_tracked is not None
+        and norm.momentum is not None  # without one, the average is cumulative and waits for the device
+    )
+
+
+def fused_tail(
+    block: nn.Module, x: torch.Tensor, shortcut: torch.Tensor, conv: nn.Module, norm: nn.Module
+) -> torch.Tensor:
+    """What timm's forward does before the last activation: `drop_path(se(norm(conv(x)))) + downsample(shortcut)`.
+
+    Args:
+        block: See `may_fuse`, which must hold.
+        x: Input of the last conv, (N, C_in, H, W).
+        shortcut: The block's input.
+        conv: The last conv.
+        norm: The norm after it, a BatchNorm2d or an Identity.
+
+    Returns:
+        (N, C, H, W), in the dtype of the conv's output and in memory of its own.
+    """
+    y = conv(x)
+    dtype = torch.promote_types(y.dtype, torch.float32)  # half precision would lose the digits of factors and means
+    has_norm = type(norm) is nn.BatchNorm2d
+    if norm.training and has_norm:
+        shift, a, b, z = _normalize_batch(y, norm, dtype)
+    else:
+        z = _channel_means(x, y, conv, dtype)
+        if has_norm:
+            shift, b = norm.running_mean, norm.bias
+            a = torch.rsqrt(norm.running_var.to(dtype) + norm.eps) * norm.weight
+            z = torch.addcmul(b, z - shift, a)
+
+    compiling = torch.compiler.is_compiling()
+    s = block.se.scale(z.to(y.dtype)) if compiling else block.se.scale_unobserved(z.to(y.dtype))
+    if block.drop_path is not None:
+        s = block.drop_path(s)  # a sample's branch is dropped by its gate
+    if block.downsample is not None:
+        shortcut = block.downsample(shortcut)
+    shortcut = shortcut.expand_as(y)  # timm adds in place, so this must fit y and not the reverse
+
+    if compiling:
+        out = y.to(dtype)
+        if has_norm:  # y - shift first: with large means the products would cancel
+            out = (out - _nchw(shift)) * _nchw(a * s) + _nchw(b * s)
+        else:
+            out = out * _nchw(s)
+        return (out + shortcut).to(y.dtype)
+    if not has_norm:
+        return torch.addcmul(shortcut, y, _nchw(s), out=y)
+    if y.dtype == dtype:
+        torch.addcmul(shortcut, y, _nchw(a * s), out=y)
+        return y.add_(_nchw(torch.addcmul(b, shift, a, value=-1) * s))
+    _normalize_and_scale_(y, norm, s.to(dtype))
+    return y.add_(shortcut)
+
+
+def _nchw(per_channel: torch.Tensor) -> torch.Tensor:
+    """(C,) or (N, C) for arithmetic with (N, C, H, W)."""
+    return per_channel.view(*per_channel.shape, 1, 1)
+
+
+def _channel_means(x: torch.Tensor, y: torch.Tensor, conv: nn.Conv2d, dtype: torch.dtype) -> torch.Tensor:
+    """The channel means of y = conv(x), (N, C): from those of x where that reads less, and where it is exact."""
+    pixels = y.shape[0] * y.shape[2] * y.shape[3]
+    commutes = conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+    if not commutes or pixels <= conv.in_channels:  # then y is no larger than the conv's weight
+        return y.mean((2, 3), dtype=dtype)
+    z = x.mean((2, 3), dtype=dtype)
+    weight, bias = conv.weight.view(conv.out_channels, -1), conv.bias
+    if z.dtype == weight.dtype:
+        return F.linear(z, weight, bias)
+    with torch.autocast(y.device.type, enabled=False):  # it would round the means
+        return F.linear(z, weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def _normalize_batch(
+    y: torch.Tensor, norm: nn.BatchNorm2d, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """BatchNorm in training, its buffers too: shift, a and b, (C,), and the channel means after it, (N, C)."""
+    var_n, mean_n = torch.var_mean(y.to(dtype), (2, 3), correction=0)
+    mean = mean_n.mean(0)
+    var = (var_n + (mean_n - mean).square()).mean(0)
+    with torch.no_grad():
+        count = y.numel() // y.shape[1]
+        norm.num_batches_tracked.add_(1)
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+        norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), norm.momentum)
+    a = norm.weight * torch.rsqrt(var + norm.eps)
+    shift = mean.detach()  # so that its gradient is of (C,) and no sum over y
+    return shift, a, norm.bias + (shift - mean) * a, (mean_n - mean) * a + norm.bias
+
+
+def _normalize_and_scale_(y: torch.Tensor, norm: nn.BatchNorm2d, s: torch.Tensor) -> None:
+    """y = norm(y)·s in place, rounded once: a batch norm with weights of its own for each image."""
+    mean, var = norm.running_mean.to(s.dtype), norm.running_var.to(s.dtype)
+    weight, bias = norm.weight * s, norm.bias * s
+    n, c, h, w = y.shape
+    if y.is_contiguous():
+        parts = [(y.view(1, n * c, h, w), weight.flatten(), bias.flatten(), mean.repeat(n), var.repeat(n))]
+    else:
+        parts = [(y[i : i + 1], weight[i], bias[i], mean, var) for i in range(n)]
+    unused = torch.empty(0)
+    for y_i, weight_i, bias_i, mean_i, var_i in parts:
+        torch.native_batch_norm(y_i, weight_i, bias_i, mean_i, var_i, False, 0.0, norm.eps, out=(y_i, unused, unused))
