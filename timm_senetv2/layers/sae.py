@@ -8,7 +8,6 @@ input that is one dense layer with the branches' rows stacked, exactly, and one 
 built that way: rows [k·d, (k+1)·d) of `fc1` are branch k.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -22,7 +21,34 @@ _GATES = {'sigmoid': nn.Sigmoid, 'hard_sigmoid': nn.Hardsigmoid, 'tanh': nn.Tanh
 
 
 _LINEAR_FORWARD = nn.Linear.forward
-_LARGE_WEIGHT = 2**17  # elements: the product of one row and a larger matrix is worth a second thread
+_MANY_CHANNELS = 1024  # from here on, the product of one row with a weight is worth a second thread
+
+
+def _is_one_row(x: torch.Tensor, *linears: nn.Module) -> bool:
+    """Whether x is one row in float32 on a CPU, without autograd, and nobody can see how the linears are computed."""
+    return (
+        type(x) is torch.Tensor
+        and len(x) == 1
+        and x.is_cpu
+        and not torch.is_grad_enabled()
+        and not is_observed()
+        and x.dtype == torch.float32
+        and all(is_plain(m, nn.Linear, _LINEAR_FORWARD) and m.weight.dtype == x.dtype for m in linears)
+    )
+
+
+def _linear_of_one_row(x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+    """`linear(x)` as a product and a sum, which all threads share; a matrix times one vector runs on one."""
+    out = (linear.weight * x).sum(1)[None]
+    return out if linear.bias is None else out.add_(linear.bias)
+
+
+def _channel_means(x: torch.Tensor) -> torch.Tensor:
+    """The means of x over its pixels, (N, C), for training."""
+    if x.dtype in (torch.float32, torch.float64):
+        # a sum, divided after: its gradient is a view of one number a channel, that of a mean is written out
+        return x.sum((2, 3)) / (x.shape[2] * x.shape[3])
+    return x.mean((2, 3))  # in half precision the sum would be rounded too
 
 
 class _Scale(torch.autograd.Function):
@@ -222,6 +248,9 @@ class SqueezeAggregatedExcitation(nn.Module):
 
     def gate(self, pooled: torch.Tensor) -> torch.Tensor:
         """s, (N, C), from the channel means, (N, C)."""
+        if not torch.jit.is_scripting():  # alone in its line: TorchScript then leaves the rest uncompiled
+            if self.channels >= _MANY_CHANNELS and _is_one_row(pooled, self.fc1, self.fc2):
+                return self.gate_act(_linear_of_one_row(self.act(_linear_of_one_row(pooled, self.fc1)), self.fc2))
         return self.gate_act(self.fc2(self.act(self.fc1(pooled))))
 
     def scale(self, pooled: torch.Tensor) -> torch.Tensor:
@@ -233,41 +262,12 @@ class SqueezeAggregatedExcitation(nn.Module):
         return 1 + s if self.add_identity else s
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():  # alone in its line: TorchScript then leaves the rest uncompiled
-            if type(x) is torch.Tensor and not is_observed():
-                return self._forward_unobserved(x)
+        if not torch.jit.is_scripting():
+            if torch.is_grad_enabled() and type(x) is torch.Tensor and not is_observed():
+                return _Scale.apply(x, self.scale(_channel_means(x)))
         # an ellipsis, because torch 2.5 cannot export slices of a dynamic batch
         return x * self.scale(self.squeeze(x))[..., None, None]
-
-    def _forward_unobserved(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.is_grad_enabled():
-            return x * self.scale_unobserved(self.squeeze(x))[..., None, None]
-        if x.dtype in (torch.float32, torch.float64):
-            # a sum, divided after: its gradient is a view of one number a channel, that of a mean is written out
-            pooled = x.sum((2, 3)) / (x.shape[2] * x.shape[3])
-        else:
-            pooled = self.squeeze(x)
-        return _Scale.apply(x, self.scale(pooled))
-
-    def scale_unobserved(self, pooled: torch.Tensor) -> torch.Tensor:
-        """`scale` without autograd, where `is_observed()` does not hold: for one image on a CPU with all threads."""
-        if len(pooled) != 1 or not pooled.is_cpu or self.fc1.weight.numel() < _LARGE_WEIGHT:
-            return self.scale(pooled)
-        if not all(is_plain(fc, nn.Linear, _LINEAR_FORWARD) for fc in (self.fc1, self.fc2)):
-            return self.scale(pooled)
-        if not pooled.dtype == self.fc1.weight.dtype == self.fc2.weight.dtype == torch.float32:
-            return self.scale(pooled)
-        s = self.gate_act(_linear_of_one(self.act(_linear_of_one(pooled, self.fc1)), self.fc2))
-        return 1 + s if self.add_identity else s
 
     def extra_repr(self) -> str:
         text = f'{self.channels}, cardinality={self.cardinality}, rd_channels={self.rd_channels}'
         return text + ', add_identity=True' if self.add_identity else text
-
-
-def _linear_of_one(x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
-    """`linear(x)` of one row: several products side by side, because a product with one vector runs on one thread."""
-    parts = math.gcd(linear.out_features, 16)
-    rows = linear.weight.view(parts, -1, linear.in_features)
-    out = torch.bmm(rows, x.t().expand(parts, -1, 1)).view(1, -1)
-    return out if linear.bias is None else out.add_(linear.bias)

@@ -102,15 +102,14 @@ def fused_tail(
             a = torch.rsqrt(norm.running_var.to(dtype) + norm.eps) * norm.weight
             z = torch.addcmul(b, z - shift, a)
 
-    compiling = torch.compiler.is_compiling()
-    s = block.se.scale(z.to(y.dtype)) if compiling else block.se.scale_unobserved(z.to(y.dtype))
+    s = block.se.scale(z.to(y.dtype))
     if block.drop_path is not None:
         s = block.drop_path(s)  # a sample's branch is dropped by its gate
     if block.downsample is not None:
         shortcut = block.downsample(shortcut)
     shortcut = shortcut.expand_as(y)  # timm adds in place, so this must fit y and not the reverse
 
-    if compiling:
+    if torch.compiler.is_compiling():
         out = y.to(dtype)
         if has_norm:  # y - shift first: with large means the products would cancel
             out = (out - _nchw(shift)) * _nchw(a * s) + _nchw(b * s)
