@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ._checks import check_whole_number
-from ._eager import is_observed, is_plain
+from ._eager import is_compiled, is_observed, is_plain
 
 _WEIGHTS = ('fc1.weight', 'fc1.bias', 'fc2.weight', 'fc2.bias')
 _GATES = {'sigmoid': nn.Sigmoid, 'hard_sigmoid': nn.Hardsigmoid, 'tanh': nn.Tanh}
@@ -31,7 +31,7 @@ def _is_one_row(x: torch.Tensor, *linears: nn.Module) -> bool:
         and len(x) == 1
         and x.is_cpu
         and not torch.is_grad_enabled()
-        and not is_observed()
+        and (is_compiled() or not is_observed())
         and x.dtype == torch.float32
         and all(is_plain(m, nn.Linear, _LINEAR_FORWARD) and m.weight.dtype == x.dtype for m in linears)
     )
