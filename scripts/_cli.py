@@ -4,9 +4,7 @@ import errno
 import sys
 from collections.abc import Callable
 
-
-class UserError(Exception):
-    """A mistake of the user's, or of the machine's, that one line explains: what is wrong and what to do."""
+from timm_senetv2.errors import UserError
 
 
 def one_line(error: Exception) -> str:

@@ -1,0 +1,1 @@
+"""What makes the numbers in results/. A package of this repository, not of the wheel."""
