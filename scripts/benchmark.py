@@ -168,7 +168,8 @@ def chosen(args: argparse.Namespace) -> list[suite.Experiment]:
         absent = ENGINES if missing.keys() & {'onnx', 'onnxscript'} else missing.keys()
         if any(e.setting.runtime in absent for e in experiments):
             print(f'left out: {", ".join(absent)}; {next(iter(missing.values()))}', file=sys.stderr)
-        return [e for e in experiments if e.setting.runtime not in absent]
+        by_title = {e.title: e for e in experiments if e.setting.runtime not in absent}  # --quick makes batches equal
+        return list(by_title.values())
     rounds = 3 if args.quick else args.rounds
     if args.imports:
         return [suite.import_experiment(module, rounds) for module in ('torch', 'timm')]

@@ -215,8 +215,7 @@ def report(rows: list[Row], kernels: list[Row], command: str) -> str:
         'Medians over interleaved rounds, quartiles in brackets. A speed is the ratio of two times of the same round: '
         'above 1 is faster than the model it is compared with. Memory is the peak of live tensors in a step.',
     ]
-    for baseline in dict.fromkeys(row['baseline'] for row in rows if _of_models([row])):
-        parts.append(speed_table(rows, baseline))
+    parts += [speed_table(rows, row['baseline']) for row in rows if _of_models([row])][:1]
     for experiment in _experiments(rows):
         parts.append(experiment_table(experiment))
         mine = [row for row in kernels if row['experiment'] == experiment[0]['experiment']]
@@ -251,6 +250,7 @@ def chart(rows: list[Row], path: Path) -> None:
     axis.grid(axis='x', alpha=0.3)
     baselines = list(dict.fromkeys(e[0]['baseline'] for e in shown))
     axis.set_xlabel(f'speed / {baselines[0]}' if len(baselines) == 1 else 'speed over the baseline')
-    figure.legend(loc='outside upper center', ncols=min(3, len(names)), fontsize=8)
+    if names:
+        figure.legend(loc='outside upper center', ncols=min(3, len(names)), fontsize=8)
     figure.savefig(path, dpi=110, metadata={'Software': None})
     plt.close(figure)

@@ -1,7 +1,7 @@
 """Which settings belong together, and how one of them is measured."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from timm_senetv2.layers import ChannelAggregation, SqueezeAggregatedExcitation
 
 from .contestants import (
+    LAYOUTS,
     REGISTER,
     FourBranchSaE,
     Setting,
@@ -22,13 +23,15 @@ from .contestants import (
 )
 from .timing import Contestant, compare, kernels, machine, matrix_rate, measure, peak_bytes, quartiles
 
-OURS = 'senetv2_resnet50'
-MODELS = ['resnet50', 'seresnet50', OURS, f'{OURS}:reparameterized']
-BASELINES = ['resnet50', 'seresnet50']
+
+def _beside_timm(depth: int) -> list[str]:
+    return [f'resnet{depth}', f'seresnet{depth}', f'senetv2_resnet{depth}', f'senetv2_resnet{depth}:reparameterized']
+
+
+MODELS = _beside_timm(50)
 SAE_SIZES = ((256, 56), (512, 28), (1024, 14), (2048, 7))
 AGGREGATION_SIZES = ((128, 32), (256, 16), (512, 8))  # seanet20's stages
 AGGREGATION_BATCHES = (8, 128)  # as the models above, and as the paper trains: tensors that fit the caches, and not
-LAYOUTS = ('channels-last', 'NCHW')
 
 Row = dict[str, Any]  # of one of the files that `report` writes
 
@@ -77,9 +80,9 @@ def layer_experiment(
 ) -> Experiment:
     def build() -> dict[str, Contestant]:
         torch.manual_seed(0)
-        dtype, layout = getattr(torch, setting.dtype), torch.channels_last
+        dtype = getattr(torch, setting.dtype)
         x = torch.randn(setting.batch, channels, setting.size, setting.size, device=setting.device, dtype=dtype)
-        x = x.to(memory_format=layout) if setting.layout == 'channels-last' else x
+        x = x.to(memory_format=LAYOUTS[setting.layout])
         return {name: layer_contestant(layer, x, backward) for name, layer in layers().items()}
 
     shape = f'{channels}x{setting.size}x{setting.size}'
@@ -145,15 +148,18 @@ def _layers(base: Setting, quick: bool) -> list[Experiment]:
 
 def suite(device: str, quick: bool = False) -> dict[str, list[Experiment]]:
     """Everything that results/ reports of a device, by part. `quick` is for trying it: its figures mean little."""
+    names = _beside_timm(18 if quick else 50)
+    ports = [*names, f'{names[2]}:four-branch']
 
-    def models(settings: list[Setting], rounds: int, specs: list[str] = MODELS, profiled: bool = False):
+    def models(
+        settings: list[Setting], rounds: int, specs: list[str] = names, profiled: bool = False
+    ) -> list[Experiment]:
         if quick:
             rounds = 3
-            settings = [replace(s, batch=min(s.batch, 2), size=min(s.size, 64)) for s in settings]
-            settings = list(dict.fromkeys(settings))
-        return [models_experiment(specs, BASELINES, setting, rounds, profiled) for setting in settings]
+            settings = list(dict.fromkeys(replace(s, batch=2, size=min(s.size, 64)) for s in settings))
+        return [models_experiment(specs, specs[:2], setting, rounds, profiled) for setting in settings]
 
-    def settings(base: Setting, batches: tuple[int, ...], layouts: tuple[str, ...] = LAYOUTS) -> list[Setting]:
+    def settings(base: Setting, batches: tuple[int, ...], layouts: Iterable[str] = LAYOUTS) -> list[Setting]:
         return [replace(base, batch=batch, layout=layout) for layout, batch in product(layouts, batches)]
 
     if device == 'cuda':
@@ -168,16 +174,13 @@ def suite(device: str, quick: bool = False) -> dict[str, list[Experiment]]:
             last, step = replace(base, runtime=runtime), replace(training, runtime=runtime)
             parts[f'{name}-inference'] = models(settings(last, (1, 64, 256), ('channels-last',)), 50, profiled=True)
             parts[f'{name}-training'] = models(settings(step, (128, 256), ('channels-last',)), 50, profiled=True)
-        seanet = [replace(training, runtime=r, batch=512, size=32) for r in ('eager', 'compiled')]
-        parts['seanet'] = [
-            models_experiment(['seanet20'], ['seanet20'], replace(s, batch=2) if quick else s, 3 if quick else 50, True)
-            for s in seanet
-        ]
-        return parts | {'layers': _layers(replace(base, batch=2 if quick else 128), quick)}
+        seanet = [replace(training, runtime=runtime, batch=512, size=32) for runtime in ('eager', 'compiled')]
+        parts['seanet'] = models(seanet, 50, ['seanet20'], profiled=True)
+        parts['layers'] = _layers(replace(base, batch=2 if quick else 128), quick)
+        return parts
 
     base = Setting()
     half, inductor = replace(base, dtype='bfloat16'), replace(base, runtime='compiled')
-    ports = [*MODELS, f'{OURS}:four-branch']
     engines = [replace(base, runtime=engine, batch=batch) for engine in ('onnxruntime', 'openvino') for batch in (1, 8)]
     return {
         'inference': models(settings(base, (1, 8)), 25, ports) + models(settings(base, (32,)), 11),

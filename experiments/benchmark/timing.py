@@ -65,6 +65,10 @@ def measure(contestants: dict[str, Contestant], rounds: int, device: str, title:
     names = list(contestants)
     repeats = {}
     for name in tqdm(names, desc=f'{title}: warm-up', leave=False, disable=None):
+        if contestants[name].timed_by_step:
+            contestants[name].step()
+            repeats[name] = 1
+            continue
         for _ in range(3):  # compiles, allocates, records a CUDA graph
             _sample(contestants[name], 1, device)
         repeats[name] = max(1, math.ceil(SAMPLE_SECONDS / _sample(contestants[name], 1, device)))
@@ -117,15 +121,14 @@ def peak_bytes(contestant: Contestant, device: str) -> int:
 
 
 # What a kernel of CUDA, or an operation of a CPU, does, by the first of these that its name contains
+_PRODUCTS = 'convolutions and matrix products'
 _KINDS = (
-    ('optimizer', ('multi_tensor_apply', '_foreach', 'fused_sgd')),
-    ('norm', ('batch_norm', 'batchnorm', 'bn_fw', 'bn_bw', 'native_norm')),
-    ('copies and fills', ('memcpy', 'memset', 'copy_', 'clone', 'fill_', 'nchwtonhwc', 'nhwctonchw', 'empty')),
-    (
-        'convolutions and matrix products',
-        ('conv', 'gemm', 'cutlass', 'cudnn', 'wgrad', 'dgrad', 'fprop', 'xmma', 'nvjet', 'addmm', 'aten::mm', 'linear'),
-    ),
+    (_PRODUCTS, ('triton_tem', 'triton_mm', 'triton_conv')),
     ('fused by the compiler', ('triton_', 'cpp_fused', 'graph_', 'torch-compiled', 'compiledfunction')),
+    ('optimizer', ('multi_tensor_apply', '_foreach', 'fused_sgd')),
+    ('norm', ('batch_norm', 'batchnorm', 'bn_fw', 'bn_bw')),
+    ('copies and fills', ('memcpy', 'memset', 'copy_', 'clone', 'fill_', 'nchwtonhwc', 'nhwctonchw', 'empty')),
+    (_PRODUCTS, ('conv', 'gemm', 'cutlass', 'cudnn', 'wgrad', 'dgrad', 'fprop', 'xmma', 'nvjet', 'addmm', 'aten::mm')),
     ('pooling and sums', ('pool', 'reduce', 'aten::mean', 'aten::sum', 'var_mean', 'softmax')),
 )
 
