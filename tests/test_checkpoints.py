@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from _randomize import randomize
+from experiments.randomize import randomize
 from timm.layers import SEModule
 from timm.models.efficientnet import SqueezeExcite
 from torch import nn

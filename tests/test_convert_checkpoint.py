@@ -15,7 +15,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from _cli import run
-from _randomize import randomize
+from experiments.randomize import randomize
 from torch import nn
 
 from timm_senetv2.checkpoints import convert_state_dict, read_checkpoint

@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from _randomize import randomize
+from experiments.randomize import randomize
 from timm.layers import SEModule
 from timm.models import get_pretrained_cfg, save_for_hf
 
