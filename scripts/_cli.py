@@ -4,7 +4,9 @@ import errno
 import sys
 from collections.abc import Callable
 
-from timm_senetv2.errors import UserError
+
+class UserError(Exception):
+    """A mistake of the user's, or of the machine's, that one line explains: what is wrong and what to do."""
 
 
 def one_line(error: Exception) -> str:

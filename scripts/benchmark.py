@@ -8,7 +8,6 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from _cli import run
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for a package that is installed, and not as editable
@@ -24,7 +23,7 @@ from experiments.benchmark.contestants import (  # noqa: E402
     create,
     require_engine,
 )
-from timm_senetv2.errors import UserError  # noqa: E402
+from timm_senetv2.errors import UserError, run  # noqa: E402
 
 DESCRIPTION = """\
 Measure speed and memory of models and layers against baselines.

@@ -8,10 +8,9 @@ from pathlib import Path
 import benchmark
 import pytest
 import torch
-from _cli import run
 
 from experiments.benchmark import contestants, report, suite, timing
-from timm_senetv2.errors import UserError
+from timm_senetv2.errors import UserError, run
 from timm_senetv2.layers import SqueezeAggregatedExcitation
 
 MODELS = ['small_cnn', 'small_saecnn', 'cifar_senetv2_resnet20:reparameterized', 'cifar_senetv2_resnet20:four-branch']
