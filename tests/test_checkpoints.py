@@ -5,12 +5,12 @@ import copy
 import pytest
 import timm
 import torch
-from experiments.randomize import randomize
 from timm.layers import SEModule
 from timm.models.efficientnet import SqueezeExcite
 from torch import nn
 
 import timm_senetv2
+from experiments.randomize import randomize
 from timm_senetv2 import SqueezeAggregatedExcitation, lift
 
 

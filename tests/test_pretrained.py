@@ -10,10 +10,10 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from experiments.randomize import randomize
 from timm.layers import SEModule
 from timm.models import get_pretrained_cfg, save_for_hf
 
+from experiments.randomize import randomize
 from timm_senetv2.layers import SqueezeAggregatedExcitation
 from timm_senetv2.models import _pretrained
 from timm_senetv2.models._pretrained import lifted_cfgs, shipped_cfgs
