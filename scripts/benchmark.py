@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from dataclasses import replace
 from itertools import product
@@ -200,12 +201,11 @@ def main(argv: list[str] | None = None) -> None:
     files = report.Files(Path(args.out), name, [e.title for part in whole for e in part])
     done = files.load() if args.resume else set()
     words = sys.argv[1:] if argv is None else argv
-    command = ' '.join(['python scripts/benchmark.py', *words])
-    written = []
+    command = shlex.join(['python', 'scripts/benchmark.py', *(word for word in words if word != '--resume')])
     experiments = [e for e in experiments if e.title not in done]
     for experiment in tqdm(experiments, desc='experiments', disable=len(experiments) == 1 or None):
         try:
-            files.add(*suite.measure_experiment(experiment))
+            files.add(command, *suite.measure_experiment(experiment))
         except torch.OutOfMemoryError as e:
             line = f'{experiment.title} does not fit into memory'
             if len(experiments) == 1:
@@ -214,11 +214,9 @@ def main(argv: list[str] | None = None) -> None:
             continue
         rows = [row for row in files.rows[''] if row['experiment'] == experiment.title]
         tqdm.write(report.experiment_table(rows) + '\n')
-        written = files.write(command)
-    if written:
-        print(f'wrote {", ".join(written)} to {args.out}')
-    else:
-        print(f'nothing left to measure: {args.out} has it all')
+        files.write()
+    if files.rows['']:
+        print(f'wrote {", ".join(files.write())} to {args.out}')
 
 
 if __name__ == '__main__':

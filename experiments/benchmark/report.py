@@ -11,7 +11,7 @@ import matplotlib
 from timm_senetv2.errors import UserError
 from timm_senetv2.files import write_atomically
 
-from .suite import Row
+from .suite import BESIDE, Row
 
 matplotlib.use('Agg')
 
@@ -43,6 +43,7 @@ COLUMNS = (
     'threads',
     'torch',
     'timm',
+    'command',
 )
 ROUND_COLUMNS = ('experiment', 'contestant', 'round', 'ms')
 KERNEL_COLUMNS = ('experiment', 'contestant', 'kernel', 'kind', 'calls', 'ms')
@@ -85,15 +86,16 @@ class Files:
                 self.rows[part] = list(reader)
         return {row['experiment'] for row in self.rows['']}
 
-    def add(self, rows: list[Row], rounds: list[Row], kernels: list[Row]) -> None:
-        """Add an experiment, in place of an earlier one with its title."""
+    def add(self, command: str, rows: list[Row], rounds: list[Row], kernels: list[Row]) -> None:
+        """Add an experiment that `command` measured, in place of an earlier one with its title."""
+        rows = [row | {'command': command} for row in rows]
         for part, new in zip(self.rows, (rows, rounds, kernels), strict=True):
             titles = {row['experiment'] for row in rows}
             kept = [row for row in self.rows[part] if row['experiment'] not in titles]
             last = len(self.order)
             self.rows[part] = sorted(kept + new, key=lambda row: self.order.get(row['experiment'], last))
 
-    def write(self, command: str) -> list[str]:
+    def write(self) -> list[str]:
         """Write all of them. Returns their names."""
         written = []
         for part, columns in self.columns.items():
@@ -103,7 +105,7 @@ class Files:
                 writer.writeheader()
                 writer.writerows(self.rows[part])
                 written.append(_write(self._path(f'{part}.csv'), text.getvalue().encode()))
-        written.append(_write(self._path('.md'), report(self.rows[''], self.rows['_kernels'], command).encode()))
+        written.append(_write(self._path('.md'), report(self.rows[''], self.rows['_kernels']).encode()))
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / 'chart.png'
             chart(self.rows[''], file)
@@ -207,15 +209,37 @@ def kernel_table(rows: list[Row]) -> str:
     return '\n'.join(lines)
 
 
-def report(rows: list[Row], kernels: list[Row], command: str) -> str:
-    """The Markdown file: machine, speed of all models in all settings, then a table an experiment."""
+def beside_table(rows: list[Row]) -> str:
+    """Markdown: a line a model of this package, its speed over the plain model and over timm's with SE beside it."""
+    lines = ["| | speed / the plain model | speed / timm's with SE |", '|---|--:|--:|']
+    for experiment in _experiments(rows):
+        name, *settings = experiment[0]['experiment'].removeprefix(BESIDE).split(', ')
+        ours = [row for row in experiment if row['contestant'] == name and row['baseline'] != name]
+        cells = [f'{float(row["ratio"]):.3f} (`{row["baseline"]}`)' for row in ours]
+        lines.append(f'| `{name}`, {", ".join(settings)} | {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+def measured_with(rows: list[Row]) -> str:
+    """A sentence or two: the commands, the machine, and what the figures are."""
     first = rows[0]
+    commands = ', '.join(f'`{command}`' for command in dict.fromkeys(row['command'] for row in rows))
+    return (
+        f'Measured with {commands} on {first["machine"]}, {first["threads"]} threads, torch {first["torch"]}, timm '
+        f'{first["timm"]}: medians over interleaved rounds, quartiles in brackets.'
+    )
+
+
+def report(rows: list[Row], kernels: list[Row]) -> str:
+    """The Markdown file: machine, speed of all models in all settings, then a table an experiment."""
     parts = [
-        f'`{command}` on {first["machine"]}, {first["threads"]} threads, torch {first["torch"]}, timm {first["timm"]}. '
-        'Medians over interleaved rounds, quartiles in brackets. A speed is the ratio of two times of the same round: '
-        'above 1 is faster than the model it is compared with. Memory is the peak of live tensors in a step.',
+        f'{measured_with(rows)} A speed is the ratio of two times of the same round: above 1 is faster than the model '
+        'it is compared with. Memory is the peak of live tensors in a step.',
     ]
     parts += [speed_table(rows, row['baseline']) for row in rows if _of_models([row])][:1]
+    beside = [row for row in rows if row['experiment'].startswith(BESIDE)]
+    if beside:
+        parts.append(beside_table(beside))
     for experiment in _experiments(rows):
         parts.append(experiment_table(experiment))
         mine = [row for row in kernels if row['experiment'] == experiment[0]['experiment']]

@@ -29,6 +29,15 @@ def _beside_timm(depth: int) -> list[str]:
 
 
 MODELS = _beside_timm(50)
+BESIDE = 'beside '  # how the titles begin of experiments with one model of ours, the plain one and timm's with SE
+TRIOS = {
+    **{f'senetv2_resnet{depth}': (f'resnet{depth}', f'seresnet{depth}') for depth in (18, 34, 50, 101, 152)},
+    'senextv2_50': ('resnext50_32x4d', 'seresnext50_32x4d'),
+    'senextv2_101_32x4d': ('resnext101_32x4d', 'seresnext101_32x4d'),
+    'senextv2_101_32x8d': ('resnext101_32x8d', 'seresnext101_32x8d'),
+    'senextv2_101_64x4d': ('resnext101_64x4d', 'seresnext101_64x4d'),
+    'cifar_senetv2_resnet20': ('cifar_resnet20', 'cifar_seresnet20'),
+}
 SAE_SIZES = ((256, 56), (512, 28), (1024, 14), (2048, 7))
 AGGREGATION_SIZES = ((128, 32), (256, 16), (512, 8))  # seanet20's stages
 AGGREGATION_BATCHES = (8, 128)  # as the models above, and as the paper trains: tensors that fit the caches, and not
@@ -62,11 +71,16 @@ def trainable(specs: list[str]) -> list[str]:
 
 
 def models_experiment(
-    specs: list[str], baselines: list[str], setting: Setting, rounds: int, profiled: bool = False
+    specs: list[str],
+    baselines: list[str],
+    setting: Setting,
+    rounds: int,
+    profiled: bool = False,
+    title: str = 'models, ',
 ) -> Experiment:
     specs = trainable(specs) if setting.training else specs
     return Experiment(
-        f'models, {setting}',
+        f'{title}{setting}',
         setting,
         lambda: {spec: model_contestant(spec, setting) for spec in specs},
         tuple(name for name in baselines if name in specs),
@@ -132,6 +146,17 @@ def import_experiment(module: str, rounds: int) -> Experiment:
     )
 
 
+def _trios(base: Setting, rounds: int, quick: bool) -> list[Experiment]:
+    found = []
+    for ours, (plain, se) in TRIOS.items():
+        setting = replace(base, size=32, batch=16 * base.batch) if ours.startswith('cifar') else base
+        if quick:
+            setting = replace(base, size=32, batch=2)
+        title = f'{BESIDE}{ours}, '
+        found.append(models_experiment([plain, se, ours], [plain, se], setting, 3 if quick else rounds, title=title))
+    return found[::4] if quick else found
+
+
 def _layers(base: Setting, quick: bool) -> list[Experiment]:
     rounds, found = 3 if quick else 41, []
     for layout in LAYOUTS:
@@ -176,6 +201,7 @@ def suite(device: str, quick: bool = False) -> dict[str, list[Experiment]]:
             parts[f'{name}-training'] = models(settings(step, (128, 256), ('channels-last',)), 50, profiled=True)
         seanet = [replace(training, runtime=runtime, batch=512, size=32) for runtime in ('eager', 'compiled')]
         parts['seanet'] = models(seanet, 50, ['seanet20'], profiled=True)
+        parts['models'] = _trios(replace(base, batch=256), 25, quick)
         parts['layers'] = _layers(replace(base, batch=2 if quick else 128), quick)
         return parts
 
@@ -190,6 +216,7 @@ def suite(device: str, quick: bool = False) -> dict[str, list[Experiment]]:
         'compiled-inference': models(settings(inductor, (1, 8)), 25),
         'compiled-training': models(settings(replace(inductor, training=True), (8,)), 15),
         'engines': models(engines, 25),
+        'models': _trios(replace(base, layout='channels-last'), 15, quick),
         'layers': _layers(replace(base, batch=2) if quick else base, quick),
     }
 
