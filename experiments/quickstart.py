@@ -5,7 +5,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,16 +70,12 @@ def quickstart(
     specs = {name: parse_specs(name)[0] for name in models}
     costs = {name: profile(spec, batches) for name, spec in specs.items()}
     shown = SHOWN if SHOWN in models else models[-1]
-    if settings.device == 'cpu' and 'OMP_NUM_THREADS' not in os.environ:
-        # On all cores, each step of these small models would wait for the one core that something else runs on
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
-
     print(
         f'{printable(data.name)}: {len(data.train)} images to train on, {len(data.test)} held out, '
         f'{len(data.classes)} classes; epochs: {epochs}, on {settings.device}'
     )
     trained = []
-    with output_folder(out, TOOL) as folder:
+    with output_folder(out, TOOL) as folder, _half_the_cores(settings.device):
         for name in models:
             model, history = _train(name, seed, settings, batches)
             print(
@@ -117,6 +114,18 @@ def quickstart(
     picked = pick(data.test.targets, probabilities)
     has_picture = _add_picture(out, trained, data, shown, probabilities, picked)
     _say(out, trained, data, shown, probabilities, [*picked[0][:5], *picked[1][:5]], has_picture)
+
+
+@contextmanager
+def _half_the_cores(device: str) -> Iterator[None]:
+    """On all cores, each step of these small models would wait for the one core that something else runs on."""
+    before = torch.get_num_threads()
+    if device == 'cpu' and 'OMP_NUM_THREADS' not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _settings(epochs: int, seed: int, dataset: str) -> Settings:

@@ -128,22 +128,16 @@ def test_interrupted_run_leaves_the_last_one_alone(digits_run, tmp_path):
 
 
 def test_killed_run_is_cleaned_up_by_the_next(folder, tmp_path):
-    (tmp_path / 'out.unfinished').mkdir()
-    (tmp_path / 'out.unfinished' / 'old.safetensors').touch()
-    quickstart.main(
-        [
-            '--dataset',
-            str(folder),
-            '--models',
-            'small_cnn',
-            '--epochs',
-            '1',
-            '--out',
-            str(tmp_path / 'out'),
-        ]
-    )
+    args = ['--dataset', str(folder), '--models', 'small_cnn', '--out', str(tmp_path / 'out')]
+    process = subprocess.Popen([sys.executable, SCRIPT, *args, '--epochs', '1000'], stdout=subprocess.DEVNULL)
+    while not list(tmp_path.iterdir()):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / 'out').exists()
+    quickstart.main([*args, '--epochs', '1'])
     assert [p.name for p in tmp_path.iterdir()] == ['out']
-    assert not (tmp_path / 'out' / 'old.safetensors').exists()
 
 
 def test_help_needs_nothing_installed(tmp_path):
@@ -155,12 +149,12 @@ def test_help_needs_nothing_installed(tmp_path):
 
 def test_bad_input_is_one_plain_line_and_exit_code_2(tmp_path):
     done = subprocess.run(
-        [sys.executable, SCRIPT, '--models', 'senetv2_resnet21', '--out', tmp_path / 'out'],
+        [sys.executable, SCRIPT, '--models', 'cifar_senetv2_resnet21', '--out', tmp_path / 'out'],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: unknown model 'senetv2_resnet21'; did you mean")
+    assert done.stderr.startswith("error: unknown model 'cifar_senetv2_resnet21'; did you mean")
     assert 'cifar_senetv2_resnet20' in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
