@@ -101,8 +101,9 @@ class LoaderBatches:
         workers: int,
     ) -> None:
         self.images = SeededImages(images)
+        dataset: Any = self.images
         self.loader = create_loader(
-            self.images,
+            dataset,
             batch_size=min(settings.batch_size, len(images)),
             is_training=training,
             no_aug=True,

@@ -27,7 +27,8 @@ def _style(**more: Any) -> Any:
     """Settings of matplotlib for a picture: names of classes and models are plain text, whatever is in them."""
     import matplotlib
 
-    return matplotlib.rc_context({'text.parse_math': False, 'text.usetex': False, **more})
+    settings: dict[Any, Any] = {'text.parse_math': False, 'text.usetex': False, **more}
+    return matplotlib.rc_context(settings)
 
 
 def _figure(width: float, height: float) -> tuple['Figure', 'Axes']:
@@ -141,7 +142,7 @@ def plot_curves(rows: list[Row]) -> bytes:
                 )
         low = max(0, min(lowest) - 2)  # the first epochs may run out of the picture: what differs is at the end
         axes.set_ylim(low, max(low + 0.5, min(100.5, axes.get_ylim()[1])))
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis='x', integer=True)
         axes.set_xlabel('epoch')
         axes.set_ylabel('test accuracy, %')
         title = 'mean over seeds' if len(models) > 6 else 'mean and range over seeds'
@@ -197,7 +198,8 @@ def plot_quickstart(
         }
     ):
         figure = Figure(figsize=(11, 7.4), layout='constrained')
-        top, bottom = figure.subfigures(2, 1, height_ratios=(1.15, 1))
+        parts: Any = figure.subfigures(2, 1, height_ratios=(1.15, 1))
+        top, bottom = parts
         _curves(top, curves)
         _images(bottom, data, shown, probabilities, picked)
         return _png(figure)

@@ -107,7 +107,8 @@ def quickstart(
     configs = [batches.data_config(loaded), timm.data.resolve_model_data_config(loaded)]
     if len({json.dumps(config, sort_keys=True) for config in configs}) > 1:
         raise RuntimeError(f'{shown} was saved with another preprocessing than it was trained with')
-    probabilities = _predict(loaded.to(settings.device), batches)
+    with _half_the_cores(settings.device):
+        probabilities = _predict(loaded.to(settings.device), batches)
     (before,) = (t.predicted for t in trained if t.name == shown)
     if not torch.equal(probabilities.argmax(1), before):
         raise RuntimeError(f'{shown} predicts otherwise after saving and loading')

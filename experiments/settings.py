@@ -132,9 +132,9 @@ def parse_specs(word: str) -> list[ModelSpec]:
     name, _, text = model.partition(':')
     if not name or not timm.is_model(name):
         raise UserError(f'unknown model {name!r}{did_you_mean(name, timm.list_models())}')
-    old, _ = split_model_name_tag(name)
-    if old in get_deprecated_models():
-        name = split_model_name_tag(get_deprecated_models()[old])[0]
+    now = get_deprecated_models().get(split_model_name_tag(name)[0])
+    if now is not None:  # an older name, of a recorded command
+        name = split_model_name_tag(now)[0]
     start, _, start_text = start.partition(':')
     if at and start not in STARTS:
         raise UserError(f'{word!r}: a model starts by one of {", ".join(STARTS)}, got {start!r}')
@@ -233,7 +233,7 @@ def make_settings(args: argparse.Namespace) -> Settings:
     device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     if device == 'cuda' and not torch.cuda.is_available():
         raise UserError('--device cuda: torch sees no GPU; leave the option out to run on the CPU')
-    protocol = {
+    protocol: dict[str, Any] = {
         key: getattr(args, key, None) if getattr(args, key, None) is not None else value
         for key, value in PROTOCOLS[args.protocol].items()
     }
@@ -254,8 +254,9 @@ def make_settings(args: argparse.Namespace) -> Settings:
             raise UserError(f'{name} must be at most {most}, got {value}')
     if max(args.seeds) >= 2**63:
         raise UserError(f'--seeds must be below 2**63, got {max(args.seeds)}')
-    if protocol['opt'] not in list_optimizers():
-        raise UserError(f'unknown optimizer {protocol["opt"]!r}{did_you_mean(protocol["opt"], list_optimizers())}')
+    known = [str(name) for name in list_optimizers()]
+    if protocol['opt'] not in known:
+        raise UserError(f'unknown optimizer {protocol["opt"]!r}{did_you_mean(protocol["opt"], known)}')
     if not 0 < protocol['lr'] < math.inf:
         raise UserError(f'--lr must be above 0 and finite, got {protocol["lr"]}')
     if math.isinf(protocol['weight_decay']):

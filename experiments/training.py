@@ -49,6 +49,7 @@ def make_optimizer(
     if attention_lr != 1.0:
         options['param_group_fn'] = lambda model: _groups(model, settings, attention_lr)
     optimizer = create_optimizer_v2(model, **options)
+    warmup: Any = 0.2 * settings.epochs if settings.sched == 'cosine' else 0
     scheduler, _ = create_scheduler_v2(
         optimizer,
         settings.sched,
@@ -56,7 +57,7 @@ def make_optimizer(
         decay_epochs=80,
         decay_rate=0.1,
         warmup_lr=settings.lr / 100,
-        warmup_epochs=0.2 * settings.epochs if settings.sched == 'cosine' else 0,
+        warmup_epochs=warmup,
         step_on_epochs=settings.sched != 'cosine',
         updates_per_epoch=updates,
     )
@@ -69,7 +70,7 @@ def _groups(model: torch.nn.Module, settings: Settings, attention_lr: float) -> 
     if not ours:
         raise UserError(f'attention_lr={attention_lr:g}: {type(model).__name__} has no attention')
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
-    exempt = getattr(model, 'no_weight_decay', set)()
+    exempt: set[str] = getattr(model, 'no_weight_decay', set)()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = settings.decay_norms or parameter.ndim > 1 and not name.endswith('.bias')
@@ -162,7 +163,7 @@ def train(
         history = resume(run_dir, fingerprint, model, optimizer, ema, scaler, saver, device)
     progress(len(history), history)
 
-    forward = torch.compile(model) if settings.compile else model
+    forward: Any = torch.compile(model) if settings.compile else model
     amp = torch.autocast(device.type, dtype=getattr(torch, settings.amp)) if settings.amp else nullcontext()
 
     for epoch in range(len(history), settings.epochs):

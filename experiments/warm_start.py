@@ -57,6 +57,7 @@ def load_source(name: str) -> Source:
     Raises:
         UserError: Neither, or one that cannot be loaded.
     """
+    model: Any
     try:
         if timm.is_model(name) and '.' in name:
             model = timm.create_model(name, pretrained=True)
