@@ -1,6 +1,5 @@
 """Batches of images for training and testing: from the device's memory, or by timm's loader where they do not fit."""
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,39 +7,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _data import ArrayImages, FileImages, ImageData
 from timm.data import create_loader, create_transform, resolve_data_config
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from tqdm import tqdm
 
+from timm_senetv2.errors import UserError
+
+from .data import ArrayImages, FileImages, ImageData
+from .settings import Settings
+
 MEMORY_LIMIT = 2 * 2**30  # bytes of training or of test images kept on the device; above it timm's loader reads them
 READ_AT_ONCE = 256  # images
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What, besides model and seed, determines a run's numbers."""
-
-    dataset: str
-    limit: int | None
-    image_size: int | None
-    protocol: str
-    epochs: int
-    batch_size: int
-    opt: str
-    lr: float
-    weight_decay: float
-    decay_norms: bool
-    sched: str
-    label_smoothing: float
-    crop_padding: int
-    hflip: bool
-    ema_decay: float | None
-    amp: str | None
-    channels_last: bool
-    compile: bool
-    device: str
 
 
 class MemoryBatches:
@@ -67,7 +45,6 @@ class MemoryBatches:
         self.memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
         self.mean = torch.tensor(mean, device=images.device).view(1, 3, 1, 1) * 255
         self.std = torch.tensor(std, device=images.device).view(1, 3, 1, 1) * 255
-        self.waited = StopWatch(images.device)
 
     def __len__(self) -> int:
         full = len(self.targets) // self.batch_size
@@ -76,23 +53,19 @@ class MemoryBatches:
     def batches(self, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         generator = torch.Generator().manual_seed(seed)
         count, device = len(self.targets), self.targets.device
-        self.waited.reset()
-        with self.waited:
-            order = torch.randperm(count, generator=generator) if self.training else torch.arange(count)
-            top, left = torch.randint(2 * self.padding + 1, (2, count), generator=generator)
-            flip = torch.rand(count, generator=generator) < (0.5 if self.hflip else 0.0)
-            order, top, left, flip = (t.to(device) for t in (order, top, left, flip))
-            rows, columns = (torch.arange(side, device=device) for side in self.size)
+        order = torch.randperm(count, generator=generator) if self.training else torch.arange(count)
+        top, left = torch.randint(2 * self.padding + 1, (2, count), generator=generator)
+        flip = torch.rand(count, generator=generator) < (0.5 if self.hflip else 0.0)
+        order, top, left, flip = (t.to(device) for t in (order, top, left, flip))
+        rows, columns = (torch.arange(side, device=device) for side in self.size)
         for start in range(0, len(self) * self.batch_size, self.batch_size):
-            with self.waited:
-                chosen = slice(start, start + self.batch_size)
-                index = order[chosen]
-                y = top[chosen, None] + rows
-                x = torch.where(flip[chosen, None], columns.flip(0), columns) + left[chosen, None]
-                images = self.images[index[:, None, None], y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
-                images = images.to(torch.float32, memory_format=self.memory_format).sub_(self.mean).div_(self.std)
-                targets = self.targets[index]
-            yield images, targets
+            chosen = slice(start, start + self.batch_size)
+            index = order[chosen]
+            y = top[chosen, None] + rows
+            x = torch.where(flip[chosen, None], columns.flip(0), columns) + left[chosen, None]
+            images = self.images[index[:, None, None], y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
+            images = images.to(torch.float32, memory_format=self.memory_format).sub_(self.mean).div_(self.std)
+            yield images, self.targets[index]
 
 
 class SeededImages(Dataset):
@@ -128,8 +101,9 @@ class LoaderBatches:
         workers: int,
     ) -> None:
         self.images = SeededImages(images)
+        dataset: Any = self.images
         self.loader = create_loader(
-            self.images,
+            dataset,
             batch_size=min(settings.batch_size, len(images)),
             is_training=training,
             no_aug=True,
@@ -147,7 +121,6 @@ class LoaderBatches:
                 augment.append(transforms.RandomHorizontalFlip())
         images.transform = transforms.Compose([*resize, *augment, to_tensor])
         self.memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
-        self.waited = StopWatch(torch.device('cpu'))  # the loader works on the host whatever the device
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -155,44 +128,8 @@ class LoaderBatches:
     def batches(self, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         torch.manual_seed(seed)  # of the order
         self.images.seed = seed
-        self.waited.reset()
-        with self.waited:
-            iterator = iter(self.loader)
-        while True:
-            with self.waited:
-                batch = next(iterator, None)
-            if batch is None:
-                return
-            yield batch[0].contiguous(memory_format=self.memory_format), batch[1]
-
-
-class StopWatch:
-    """Adds up the time spent inside `with` blocks: on CUDA that of the device's own work, else the host's."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == 'cuda'
-        self.reset()
-
-    def reset(self) -> None:
-        self.total = 0.0
-        self.events = []
-
-    def __enter__(self) -> None:
-        if self.cuda:
-            self.events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
-            self.events[-1][0].record()
-        else:
-            self.start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        if self.cuda:
-            self.events[-1][1].record()
-        else:
-            self.total += time.perf_counter() - self.start
-
-    def seconds(self) -> float:
-        """The sum; on CUDA to be called after a synchronisation."""
-        return self.total + sum(start.elapsed_time(end) for start, end in self.events) / 1000
+        for images, targets in self.loader:
+            yield images.contiguous(memory_format=self.memory_format), targets
 
 
 def eval_transform(data_config: dict[str, Any]) -> transforms.Compose:
@@ -211,13 +148,13 @@ class Batches:
     data: ImageData
     settings: Settings
     workers: int
-    made: dict[tuple[int, ...], tuple[Any, Any]] = field(default_factory=dict)
+    made: dict[tuple[Any, ...], tuple[Any, Any]] = field(default_factory=dict)
 
     def data_config(self, model: torch.nn.Module) -> dict[str, Any]:
         """timm's, with the model's input size unless another is asked for; the rest is the data set's, lest the models
         of one grid see different pixels: images of one size as they are, others as timm evaluates ResNets."""
         size = self.settings.image_size
-        args = dict(
+        args: dict[str, Any] = dict(
             interpolation='bilinear' if self.data.size else 'bicubic',
             crop_pct=1.0 if self.data.size else 0.875,
             mean=self.data.mean,
@@ -225,30 +162,42 @@ class Batches:
         )
         return resolve_data_config({**args, 'input_size': (3, size, size)} if size else args, model=model)
 
-    def of(self, model: torch.nn.Module) -> tuple[Any, Any]:
-        """Training and test batches for the model."""
+    def check(self, model: torch.nn.Module) -> None:
+        """Raise a UserError if the model's input and the augmentation do not go together."""
+        side = min(self.data_config(model)['input_size'][1:])
+        if self.settings.crop_padding >= max(side, 2):
+            raise UserError(
+                f'--crop-padding must be below the {side} pixels of the images, got {self.settings.crop_padding}'
+            )
+
+    def of(self, model: torch.nn.Module, seed: int = 0) -> tuple[Any, Any]:
+        """Training and test batches for the model; the seed chooses the images where only few of a class are used."""
         config = self.data_config(model)
         size = config['input_size']
-        if size not in self.made:
+        few = self.settings.per_class
+        key = (*size, seed if few else None)
+        if key not in self.made:
+            data = self.data.few(few, seed) if few else self.data
             height, width = size[1:]
             pad = 2 * self.settings.crop_padding
-            most = max(len(self.data.train), len(self.data.test))
+            most = max(len(data.train), len(data.test))
             fits = 3 * (height + pad) * (width + pad) * most <= MEMORY_LIMIT
             self.made.clear()  # a set in memory is large
-            self.made[size] = tuple(
-                self._in_memory(images, config, training)
+            training, test = (
+                self._in_memory(images, config, is_training)
                 if fits
-                else LoaderBatches(images, self.settings, config, training, self.workers)
-                for images, training in ((self.data.train, True), (self.data.test, False))
+                else LoaderBatches(images, self.settings, config, is_training, self.workers)
+                for images, is_training in ((data.train, True), (data.test, False))
             )
-        return self.made[size]
+            self.made[key] = training, test
+        return self.made[key]
 
-    def _in_memory(self, images: ArrayImages, config: dict[str, Any], training: bool) -> MemoryBatches:
+    def _in_memory(self, images: ArrayImages | FileImages, config: dict[str, Any], training: bool) -> MemoryBatches:
         images.transform = eval_transform(config)
         height, width = config['input_size'][1:]
         pixels = torch.empty(len(images), height, width, 3, dtype=torch.uint8)
         name = 'training' if training else 'test'
-        read = DataLoader(images, READ_AT_ONCE, num_workers=0 if self.data.in_memory else self.workers)
+        read: DataLoader = DataLoader(images, READ_AT_ONCE, num_workers=0 if self.data.in_memory else self.workers)
         parts = pixels.split(READ_AT_ONCE)
         for part, (batch, _) in zip(parts, tqdm(read, f'{name} images', leave=False, disable=None), strict=True):
             part.copy_(batch.permute(0, 2, 3, 1))

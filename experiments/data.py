@@ -1,40 +1,35 @@
-"""The data sets of the scripts, as PIL images that any of timm's transforms and loaders can take."""
+"""The data sets, as PIL images that any of timm's transforms and loaders can take."""
 
 import gzip
+import hashlib
+import math
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torchvision
-from _cli import UserError, one_line
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import get_pretrained_cfg
 from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from timm_senetv2.errors import UserError, one_line, printable
+from timm_senetv2.files import sha256
+from timm_senetv2.models.cifar import CIFAR_MEAN, CIFAR_STD
 
 DATASETS = ('digits', 'fashion-mnist', 'cifar10', 'cifar100')
 SYSTEM_FASHION_MNIST = Path('/usr/share/datasets/fashion-mnist')  # Debian's package dataset-fashion-mnist
 
-FASHION_MNIST_CLASSES = (
-    'T-shirt/top',
-    'Trouser',
-    'Pullover',
-    'Dress',
-    'Coat',
-    'Sandal',
-    'Shirt',
-    'Sneaker',
-    'Bag',
-    'Ankle boot',
-)
-# of the SEANet authors, who use those of CIFAR-10 for CIFAR-100 too
-CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-FASHION_MNIST_MEAN, FASHION_MNIST_STD = (0.2860,) * 3, (0.3530,) * 3
+FASHION_MNIST_CFG = get_pretrained_cfg('cifar_resnet20.fmnist')  # of the weights in the package
 DIGITS_MEAN, DIGITS_STD = (0.3053,) * 3, (0.3758,) * 3
+MOST_FASHION_MNIST = 100_000  # images; the header of a damaged file may announce any number
+COMPARED_BYTES = 2**32  # of images of equal size, read to see whether they are copies of each other
 
 
 class ImageError(UserError):
@@ -77,9 +72,10 @@ class FileImages(Dataset):
         try:
             with Image.open(path) as file:
                 image = file.convert('RGB')
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-            reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-            raise ImageError(f'{path} cannot be read as an image ({reason}); repair it or take it away') from None
+        except Exception as e:  # each of Pillow's decoders has its own for damaged files
+            raise ImageError(
+                f'{printable(path)} cannot be read as an image ({one_line(e)}); repair it or take it away'
+            ) from None
         return self.transform(image) if self.transform else image, self.targets[index]
 
 
@@ -109,6 +105,35 @@ class ImageData:
     def in_memory(self) -> bool:
         """Whether the images are arrays in memory rather than files."""
         return isinstance(self.train, ArrayImages)
+
+    def fingerprint(self) -> str:
+        """The same for the same classes and images: SHA-256 over them; of files over their names."""
+        digest = hashlib.sha256(repr(self.classes).encode())
+        for images in (self.train, self.test):
+            digest.update(np.asarray(images.targets).tobytes())
+            if isinstance(images, ArrayImages):
+                digest.update(np.ascontiguousarray(images.images).tobytes())
+            else:
+                digest.update(repr(images.paths).encode())
+        return digest.hexdigest()
+
+    def few(self, per_class: int, seed: int) -> 'ImageData':
+        """The same with so many training images of each class, drawn by the seed; fewer are among more.
+
+        Raises:
+            UserError: A class has fewer.
+        """
+        targets = np.asarray(self.train.targets)
+        order = np.random.default_rng(seed).permutation(len(targets))
+        kept = []
+        for index, name in enumerate(self.classes):
+            own = order[targets[order] == index]
+            if len(own) < per_class:
+                raise UserError(
+                    f'--per-class {per_class}: class {name!r} of {self.name} has {len(own)} training images'
+                )
+            kept.append(own[:per_class])
+        return replace(self, train=_chosen(self.train, np.sort(np.concatenate(kept))))
 
 
 def load_dataset(
@@ -140,10 +165,13 @@ def load_dataset(
         data = _fashion_mnist(data_dir, download)
     elif name in ('cifar10', 'cifar100'):
         data = _cifar(name, data_dir, download)
-    elif Path(name).is_dir():
+    elif os.path.isdir(name):
         data = _image_folder(name)
     else:
-        raise UserError(f'unknown dataset {name!r}: choose {", ".join(DATASETS)}, or give the path of an image folder')
+        raise UserError(
+            f'unknown dataset {printable(repr(name))}: choose {", ".join(DATASETS)}, or give the path of an image '
+            f'folder'
+        )
     if limit is not None:
         data.train, data.test = _subset(data.train, limit), _subset(data.test, limit)
     return data
@@ -151,7 +179,10 @@ def load_dataset(
 
 def _subset(images: ArrayImages | FileImages, limit: int) -> ArrayImages | FileImages:
     # files come sorted by class: without the shuffle a small subset would be of one class
-    kept = np.sort(np.random.default_rng(0).permutation(len(images))[:limit])
+    return _chosen(images, np.sort(np.random.default_rng(0).permutation(len(images))[:limit]))
+
+
+def _chosen(images: ArrayImages | FileImages, kept: np.ndarray) -> ArrayImages | FileImages:
     targets = [images.targets[i] for i in kept]
     if isinstance(images, ArrayImages):
         return ArrayImages(images.images[kept], targets)
@@ -207,7 +238,7 @@ def _torchvision(cls: type, title: str, root: Path, download: bool) -> list[Any]
         return build(True)
     except (RuntimeError, OSError, EOFError, ValueError) as e:
         if isinstance(e, OSError) and e.errno is not None and not hasattr(e, 'reason'):
-            raise  # a full disk, no permission: about the machine, not about the download; _cli.run has a line for it
+            raise  # a full disk, no permission: about the machine, not about the download; errors.run has a line for it
         raise UserError(
             f'{title} is not in {root}, or its files are damaged, and downloading it failed ({one_line(e)}); '
             f'connect to the network or give the folder of a copy as --data-dir'
@@ -264,15 +295,15 @@ def _fashion_mnist(data_dir: str | os.PathLike | None, download: bool) -> ImageD
                 f'{folder}: {images_name} holds {len(images)} images and {labels_name} {len(labels)} labels; '
                 f'take the files from one source'
             )
-        if images.shape[1:] != (28, 28) or not len(labels) or labels.max() >= len(FASHION_MNIST_CLASSES):
+        if images.shape[1:] != (28, 28) or not len(labels) or labels.max() >= len(FASHION_MNIST_CFG.label_names):
             raise UserError(f'{folder}: {images_name} and {labels_name} are not those of Fashion-MNIST')
         sets[split] = ArrayImages(images, labels)
     return ImageData(
         name='fashion-mnist',
         **sets,
-        classes=FASHION_MNIST_CLASSES,
-        mean=FASHION_MNIST_MEAN,
-        std=FASHION_MNIST_STD,
+        classes=tuple(FASHION_MNIST_CFG.label_names),
+        mean=FASHION_MNIST_CFG.mean,
+        std=FASHION_MNIST_CFG.std,
         size=28,
     )
 
@@ -283,20 +314,30 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
     path = next((p for p in (folder / name, folder / f'{name}.gz') if p.is_file()), None)
     if path is None:
         raise UserError(f'{folder} lacks {name} (plain or .gz); put it there or give another --data-dir')
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == '.gz' else path.read_bytes()
-    except (EOFError, OSError, zlib.error) as e:
-        raise UserError(f'{path} is damaged or truncated ({one_line(e)}); get the file again') from None
     header = 4 + 4 * dimensions
-    if len(content) < header or content[:4] != bytes((0, 0, 8, dimensions)):
-        raise UserError(f'{path} is not an idx file of unsigned bytes with {dimensions} dimension(s)')
-    shape = np.frombuffer(content, '>u4', dimensions, offset=4).astype(int)
-    if len(content) - header != shape.prod():
+    try:
+        with gzip.open(path) if path.suffix == '.gz' else path.open('rb') as file:
+            start = file.read(header)
+            if len(start) < header or start[:4] != bytes((0, 0, 8, dimensions)):
+                raise UserError(
+                    f'{printable(path)} is not an idx file of unsigned bytes with {dimensions} dimension(s)'
+                )
+            shape = tuple(int(n) for n in np.frombuffer(start, '>u4', dimensions, offset=4))
+            announced = math.prod(shape)
+            if announced > MOST_FASHION_MNIST * 28 ** (2 * (dimensions == 3)):
+                raise UserError(
+                    f'{printable(path)} announces {" x ".join(map(str, shape))} bytes and is not of Fashion-MNIST; '
+                    f'get the file again'
+                )
+            content = file.read(announced + 1)  # and no more, however much the file unpacks to
+    except (EOFError, OSError, zlib.error) as e:
+        raise UserError(f'{printable(path)} is damaged or truncated ({one_line(e)}); get the file again') from None
+    if len(content) != announced:
         raise UserError(
-            f'{path} is truncated or damaged: {len(content) - header} bytes of data where its header announces '
-            f'{shape.prod()}; get the file again'
+            f'{printable(path)} is truncated or damaged: it holds {"more" if len(content) > announced else "less"} '
+            f'than the {announced} bytes of data that its header announces; get the file again'
         )
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+    return np.frombuffer(content, np.uint8).reshape(shape)
 
 
 def _image_folder(name: str) -> ImageData:
@@ -305,21 +346,25 @@ def _image_folder(name: str) -> ImageData:
     if train_dir.is_dir():
         test_dir = next((root / n for n in ('val', 'validation', 'test') if (root / n).is_dir()), None)
         if test_dir is None:
-            raise UserError(f'{root} has a folder train but none of val, validation, test')
+            raise UserError(f'{printable(root)} has a folder train but none of val, validation, test')
         train, classes = _scan(train_dir)
         test, test_classes = _scan(test_dir)
         if classes != test_classes:
             different = sorted(set(classes) ^ set(test_classes))
-            raise UserError(f'{train_dir} and {test_dir} must hold the same classes; only one has {different[0]!r}')
+            raise UserError(
+                f'{printable(train_dir)} and {printable(test_dir)} must hold the same classes; only one has '
+                f'{different[0]!r}'
+            )
     else:
         samples, classes = _scan(root)
-        kept, held_out = _hold_out([target for _, target in samples], str(root))
+        kept, held_out = _hold_out([target for _, target in samples], printable(root))
         train, test = [samples[i] for i in kept], [samples[i] for i in held_out]
+    _refuse_copies([path for path, _ in train], [path for path, _ in test])
     return ImageData(
         name=name,
         train=FileImages(*zip(*train, strict=True)),
         test=FileImages(*zip(*test, strict=True)),
-        classes=tuple(classes),
+        classes=tuple(printable(c) for c in classes),
         mean=IMAGENET_DEFAULT_MEAN,
         std=IMAGENET_DEFAULT_STD,
         size=None,
@@ -327,10 +372,92 @@ def _image_folder(name: str) -> ImageData:
 
 
 def _scan(folder: Path) -> tuple[list[tuple[str, int]], list[str]]:
+    """The images of a folder with a folder for each class, with their class indices, and the classes' names.
+
+    Links are followed, each to a file or folder that has not been seen: a link to a folder above leads nowhere new.
+
+    Raises:
+        UserError: No such folder, a class without images, or an image that is in two classes.
+    """
+    above = {os.path.realpath(folder), *map(str, Path(os.path.realpath(folder)).parents)}
     try:
-        found = torchvision.datasets.ImageFolder(folder)
-    except FileNotFoundError as e:
-        raise UserError(
-            f'{folder} is not an image folder: it needs a folder of images for each class ({one_line(e)})'
-        ) from None
-    return found.samples, found.classes
+        classes = sorted(
+            entry.name
+            for entry in os.scandir(folder)
+            if entry.is_dir() and not entry.name.startswith('.') and os.path.realpath(entry.path) not in above
+        )
+    except OSError as e:
+        raise UserError(f'{printable(folder)} cannot be read: {one_line(e)}') from None
+    samples: list[tuple[str, int]] = []
+    found: dict[tuple[int, int], tuple[str, int]] = {}  # by what tells a file from any other, whatever its names
+    for index, label in enumerate(classes):
+        before = len(samples)
+        for path in _files(folder / label, above):
+            status = os.stat(path)
+            known = found.setdefault((status.st_dev, status.st_ino), (path, index))
+            if known[1] != index:
+                raise UserError(
+                    f'{printable(known[0])} and {printable(path)} are the same file in two classes; take one away'
+                )
+            if known[0] == path:
+                samples.append((path, index))
+        if len(samples) == before:
+            raise UserError(
+                f'{printable(folder)} is not an image folder: its folder {printable(label)!r} holds no images'
+            )
+    if not classes:
+        raise UserError(f'{printable(folder)} is not an image folder: it needs a folder of images for each class')
+    return samples, classes
+
+
+def _files(folder: Path, above: set[str]) -> Iterator[str]:
+    """The images in a folder and its folders, links followed, each folder once."""
+    seen = {*above}
+
+    def is_new(path: str) -> bool:
+        real = os.path.realpath(path)
+        new = real not in seen
+        seen.add(real)
+        return new
+
+    if is_new(str(folder)):
+        for root, folders, names in os.walk(folder, followlinks=True):
+            folders[:] = [name for name in sorted(folders) if is_new(os.path.join(root, name))]
+            for name in sorted(names):
+                path = os.path.join(root, name)
+                if name.lower().endswith(IMG_EXTENSIONS) and os.path.isfile(path):
+                    yield path
+
+
+def _refuse_copies(train: Sequence[str], test: Sequence[str]) -> None:
+    """Raise a UserError if an image to test with is one to train on too: the same file, or a copy of it.
+
+    Contents are compared of files of equal size, as long as there are not too many of them to read.
+    """
+    by_size: dict[int, tuple[list[str], list[str]]] = {}
+    identities: dict[tuple[int, int], str] = {}
+    for side, paths in enumerate((train, test)):
+        for path in paths:
+            status = os.stat(path)
+            other = identities.setdefault((status.st_dev, status.st_ino), path)
+            if other != path:
+                raise UserError(
+                    f'{printable(other)} and {printable(path)} are the same file, one to train on and one to test '
+                    f'with; take one away'
+                )
+            by_size.setdefault(status.st_size, ([], []))[side].append(path)
+    both = [(size, trained, tested) for size, (trained, tested) in sorted(by_size.items()) if trained and tested]
+    if sum(size * (len(trained) + len(tested)) for size, trained, tested in both) > COMPARED_BYTES:
+        return
+    for _, trained, tested in both:
+        known = {_content(path): path for path in trained}
+        for path in tested:
+            if (other := known.get(_content(path))) is not None:
+                raise UserError(
+                    f'{printable(other)} and {printable(path)} are copies of one image, one to train on and one to '
+                    f'test with; take one away'
+                )
+
+
+def _content(path: str) -> str:
+    return sha256(Path(path))
