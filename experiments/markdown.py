@@ -188,6 +188,5 @@ def weights() -> str:
 
 
 GENERATORS: dict[str, Callable[..., str]] = {
-    generator.__name__: generator
-    for generator in (families, imports, models, runs, speed, summary, tags, weights)
+    generator.__name__: generator for generator in (families, imports, models, runs, speed, summary, tags, weights)
 }

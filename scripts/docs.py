@@ -1,8 +1,8 @@
 """Fill the generated regions of every Markdown file of this repository: tables of models, tags, families, speed, runs.
 
-A region begins with a line `<!-- docs.py: GENERATOR ARGUMENT … -->` and ends with `<!-- /docs.py -->`. What stands in it
-follows from the package and the committed CSV files; nothing is trained or timed here. The generators are the functions
-of experiments/markdown.py.
+A region begins with a line `<!-- docs.py: GENERATOR ARGUMENT … -->` and ends with `<!-- /docs.py -->`. What stands in
+it follows from the package and the committed CSV files; nothing is trained or timed here. The generators are the
+functions of experiments/markdown.py.
 """
 
 import argparse

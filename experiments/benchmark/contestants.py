@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import timm
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_senetv2.errors import UserError
+from timm_senetv2.layers import SqueezeAggregatedExcitation
 from timm_senetv2.models.blocks import SaEBasicBlock, SaEBottleneck
 
 from ..randomize import randomize
@@ -86,7 +88,7 @@ def four_branch(model: nn.Module) -> nn.Module:
     plain = {SaEBasicBlock: BasicBlock, SaEBottleneck: Bottleneck}
     for block in [m for m in model.modules() if type(m) in plain]:
         block.__class__ = plain[type(block)]
-        sae = block.se
+        sae = cast(SqueezeAggregatedExcitation, block.se)
         block.se = FourBranchSaE(sae.channels, sae.channels // sae.rd_channels, sae.cardinality, sae.add_identity)
     return model
 
@@ -153,11 +155,11 @@ def model_contestant(spec: str, setting: Setting) -> Contestant:
     dtype = getattr(torch, setting.dtype)
     layout = LAYOUTS[setting.layout]
     autocast = partial(torch.autocast, setting.device, dtype, enabled=setting.autocast)
-    cast = torch.float32 if setting.autocast else dtype
-    model = model.train(setting.training).to(setting.device, cast, memory_format=layout)
+    weights = torch.float32 if setting.autocast else dtype
+    model = model.train(setting.training).to(setting.device, weights).to(memory_format=layout)
     forward, graphs = _forward(model, setting.runtime)
     x = torch.randn(setting.batch, 3, setting.size, setting.size, device=setting.device)
-    x = x.to(cast, memory_format=layout)
+    x = x.to(weights, memory_format=layout)
     optimizer = None
     if setting.training:
         target = torch.arange(setting.batch, device=setting.device) % model.num_classes

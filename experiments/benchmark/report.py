@@ -196,8 +196,8 @@ def kernel_table(rows: list[Row]) -> str:
     names = list(dict.fromkeys(row['contestant'] for row in rows))
     spent: dict[str, dict[str, float]] = {}
     for row in rows:
-        kind = spent.setdefault(row['kind'], dict.fromkeys(names, 0.0))
-        kind[row['contestant']] += float(row['ms'])
+        times = spent.setdefault(row['kind'], dict.fromkeys(names, 0.0))
+        times[row['contestant']] += float(row['ms'])
     lines = [
         'What the time of a step is spent on, in ms, under the profiler:',
         '',
@@ -256,7 +256,7 @@ def chart(rows: list[Row], path: Path) -> None:
     shown = [[row for row in e if row['baseline'] == e[0]['baseline']] for e in shown]
     names = list(dict.fromkeys(row['contestant'] for e in shown for row in e if row['contestant'] != row['baseline']))
     names = [name for name in names if not name.startswith('registration')] or names
-    colours = dict(zip(names, plt.get_cmap('tab10').colors * len(names), strict=False))
+    colours = {name: f'C{i % 10}' for i, name in enumerate(names)}
     figure, axis = plt.subplots(figsize=(9, 1.2 + 0.34 * len(shown)), layout='constrained')
     for i, experiment in enumerate(shown):
         for row in experiment:
