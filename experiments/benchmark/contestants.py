@@ -162,7 +162,7 @@ def model_contestant(spec: str, setting: Setting) -> Contestant:
     x = x.to(weights, memory_format=layout)
     optimizer = None
     if setting.training:
-        target = torch.arange(setting.batch, device=setting.device) % model.num_classes
+        target = torch.arange(setting.batch, device=setting.device) % cast(int, model.num_classes)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
 
         def step() -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.autograd import DeviceType
@@ -30,7 +31,7 @@ class Contestant:
         timed_by_step: Whether the step measures itself.
     """
 
-    step: Callable[[], float | None]
+    step: Callable[[], Any]
     own_bytes: Callable[[], int] | None = None
     images: int = 0
     flops: int = 0
@@ -50,10 +51,10 @@ def _sample(contestant: Contestant, repeats: int, device: str) -> float:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3 / repeats
-    start = time.perf_counter()
+    begun = time.perf_counter()
     for _ in range(repeats):
         contestant.step()
-    return (time.perf_counter() - start) / repeats
+    return (time.perf_counter() - begun) / repeats
 
 
 def measure(contestants: dict[str, Contestant], rounds: int, device: str, title: str) -> dict[str, list[float]]:
@@ -84,7 +85,8 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     """First quartile, median, third quartile."""
     if len(values) == 1:
         return values[0], values[0], values[0]
-    return tuple(statistics.quantiles(values, n=4, method='inclusive'))
+    low, middle, high = statistics.quantiles(values, n=4, method='inclusive')
+    return low, middle, high
 
 
 def compare(baseline: list[float], contestant: list[float]) -> tuple[float, float, float, float]:
@@ -99,6 +101,7 @@ def peak_bytes(contestant: Contestant, device: str) -> int:
 
     CUDA's allocator reports it; on a CPU it is added up from the allocations that torch's profiler records.
     """
+    assert contestant.own_bytes is not None
     if device == 'cuda':
         contestant.step()  # settles what the step frees first, as the next step will
         torch.cuda.synchronize()
