@@ -26,7 +26,7 @@ from timm_senetv2.models.cifar import CIFAR_MEAN, CIFAR_STD
 DATASETS = ('digits', 'fashion-mnist', 'cifar10', 'cifar100')
 SYSTEM_FASHION_MNIST = Path('/usr/share/datasets/fashion-mnist')  # Debian's package dataset-fashion-mnist
 
-FASHION_MNIST_CFG = get_pretrained_cfg('cifar_resnet20.fmnist')  # of the weights in the package
+FASHION_MNIST_CFG: Any = get_pretrained_cfg('cifar_resnet20.fmnist')  # of the weights in the package
 DIGITS_MEAN, DIGITS_STD = (0.3053,) * 3, (0.3758,) * 3
 MOST_FASHION_MNIST = 100_000  # images; the header of a damaged file may announce any number
 COMPARED_BYTES = 2**32  # of images of equal size, read to see whether they are copies of each other
@@ -297,7 +297,7 @@ def _fashion_mnist(data_dir: str | os.PathLike | None, download: bool) -> ImageD
             )
         if images.shape[1:] != (28, 28) or not len(labels) or labels.max() >= len(FASHION_MNIST_CFG.label_names):
             raise UserError(f'{folder}: {images_name} and {labels_name} are not those of Fashion-MNIST')
-        sets[split] = ArrayImages(images, labels)
+        sets[split] = ArrayImages(images, labels.tolist())
     return ImageData(
         name='fashion-mnist',
         **sets,
@@ -452,9 +452,10 @@ def _refuse_copies(train: Sequence[str], test: Sequence[str]) -> None:
     for _, trained, tested in both:
         known = {_content(path): path for path in trained}
         for path in tested:
-            if (other := known.get(_content(path))) is not None:
+            copied = known.get(_content(path))
+            if copied is not None:
                 raise UserError(
-                    f'{printable(other)} and {printable(path)} are copies of one image, one to train on and one to '
+                    f'{printable(copied)} and {printable(path)} are copies of one image, one to train on and one to '
                     f'test with; take one away'
                 )
 

@@ -18,7 +18,7 @@ from experiments.warm_start import build
 from timm_senetv2 import SqueezeAggregatedExcitation
 
 RESULTS_DIR = Path(__file__).parents[1] / 'results'
-FOLDERS = sorted(path.parent for path in RESULTS_DIR.glob('*/table.md'))
+FOLDERS = sorted(path.parent for path in RESULTS_DIR.glob('runs/*/table.md'))
 WEIGHTS = ('cifar_resnet20', 'cifar_seresnet20', 'cifar_senetv2_resnet20')
 
 
@@ -44,7 +44,7 @@ def test_shipped_weights_are_those_of_the_recorded_run(name):
         (facts,) = (row for row in csv.DictReader(file) if row['tag'] == f'{name}.fmnist')
     path = Path(timm_senetv2.__file__).parent / 'weights' / f'{name}.fmnist.safetensors'
     assert hashlib.sha256(path.read_bytes()).hexdigest() == facts['sha256']
-    runs = read_rows(RESULTS_DIR / 'fmnist' / 'results.csv', RESULTS)
+    runs = read_rows(RESULTS_DIR / 'runs' / 'fmnist' / 'results.csv', RESULTS)
     (run,) = (row for row in runs if row['run'] == facts['run'])
     assert run['model'] == name and '--save-weights' in run['command']
     assert float(run['accuracy']) >= 92
