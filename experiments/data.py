@@ -429,6 +429,18 @@ def _files(folder: Path, above: set[str]) -> Iterator[str]:
                     yield path
 
 
+def refuse_loops(folder: Path) -> None:
+    """Raise a UserError if following the links in a folder leads to a folder twice, or for ever."""
+    seen = {os.path.realpath(folder), *map(str, Path(os.path.realpath(folder)).parents)}
+    for root, folders, _ in os.walk(folder, followlinks=True):
+        for name in folders:
+            path = os.path.join(root, name)
+            real = os.path.realpath(path)
+            if real in seen:
+                raise UserError(f'{printable(path)} is a link to a folder that is read anyway; take it away')
+            seen.add(real)
+
+
 def _refuse_copies(train: Sequence[str], test: Sequence[str]) -> None:
     """Raise a UserError if an image to test with is one to train on too: the same file, or a copy of it.
 
