@@ -22,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from _cli import UserError, run
 from _profile import count
-from _report import write_atomically, write_csv
 from timm.models import reparameterize_model
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 from tqdm import tqdm
 
+from experiments.files import write_csv
+from experiments.files import write_text as write_atomically
 from timm_senetv2.layers import ChannelAggregation, SqueezeAggregatedExcitation
 from timm_senetv2.models.blocks import SaEBasicBlock, SaEBottleneck
 
