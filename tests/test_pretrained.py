@@ -15,8 +15,8 @@ from timm.layers import SEModule
 from timm.models import get_pretrained_cfg, save_for_hf
 
 from timm_senetv2.layers import SqueezeAggregatedExcitation
-from timm_senetv2.models import _pretrained
-from timm_senetv2.models._pretrained import lifted_cfgs, shipped_cfgs
+from timm_senetv2.models import pretrained
+from timm_senetv2.models.pretrained import lifted_cfgs, shipped_cfgs
 
 ROWS = list(csv.DictReader((Path(__file__).parents[1] / 'results' / 'lift_sources.csv').open()))
 SOURCES = list(dict.fromkeys((row['model'], row['source_on_the_hub'].removeprefix('timm/')) for row in ROWS))
@@ -85,7 +85,7 @@ def test_source_that_timm_lacks_is_left_out():
 
 
 def test_shipped_weights_are_a_tag_where_the_file_is(monkeypatch, tmp_path):
-    monkeypatch.setattr(_pretrained, '_WEIGHTS_DIR', tmp_path)
+    monkeypatch.setattr(pretrained, '_WEIGHTS_DIR', tmp_path)
     (tmp_path / 'a.fmnist.safetensors').touch()
     cfgs = shipped_cfgs(('a', 'b'), 'fmnist', dict(num_classes=10))
     assert cfgs == {'a.fmnist': dict(num_classes=10, file=str(tmp_path / 'a.fmnist.safetensors'))}

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from .registration import register
 
 if TYPE_CHECKING:
-    from .checkpoints import lift as lift
     from .layers import ChannelAggregation as ChannelAggregation
     from .layers import SqueezeAggregatedExcitation as SqueezeAggregatedExcitation
+    from .lifting import lift as lift
     from .models import CifarResNet as CifarResNet
     from .models import SmallCNN as SmallCNN
 
@@ -22,7 +22,7 @@ _LAZY = {
     'SqueezeAggregatedExcitation': 'layers',
     'CifarResNet': 'models',
     'SmallCNN': 'models',
-    'lift': 'checkpoints',
+    'lift': 'lifting',
 }
 
 __all__ = ['ChannelAggregation', 'CifarResNet', 'SmallCNN', 'SqueezeAggregatedExcitation', 'lift', 'register']

@@ -22,9 +22,9 @@ from torch import nn
 from ..layers import ChannelAggregation
 from ..layers._checks import check_whole_number
 from ._options import sae_layer
-from ._pretrained import lift_state_dict, shipped_cfgs
 from ._registry import register_model, register_model_deprecations
 from .blocks import SaEBasicBlock
+from .pretrained import lift_state_dict, shipped_cfgs
 from .trunk32 import Trunk32
 
 __all__ = ['CifarResNet']  # register_model adds each entry function

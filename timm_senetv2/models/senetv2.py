@@ -14,9 +14,9 @@ from timm.models.resnet import ResNet
 from torch import nn
 
 from ._options import sae_layer
-from ._pretrained import lift_state_dict, lifted_cfgs
 from ._registry import register_model
 from .blocks import SaEBasicBlock, SaEBottleneck
+from .pretrained import lift_state_dict, lifted_cfgs
 
 __all__: list[str] = []  # register_model adds each entry function
 

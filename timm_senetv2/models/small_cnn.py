@@ -11,9 +11,9 @@ from torch import nn
 
 from ..layers._checks import check_whole_number
 from ._options import sae_layer
-from ._pretrained import lift_state_dict
 from ._registry import register_model
 from .cifar import _cfg
+from .pretrained import lift_state_dict
 from .trunk32 import Trunk32
 
 __all__ = ['SmallCNN']  # register_model adds each entry function
