@@ -30,7 +30,7 @@ __all__ = ['ChannelAggregation', 'CifarResNet', 'SmallCNN', 'SqueezeAggregatedEx
 register()
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name not in _LAZY:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     from importlib import import_module
