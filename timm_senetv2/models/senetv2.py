@@ -38,7 +38,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-# Each model's sources, the one with the best ImageNet top-1 first
+# Each model's sources with SE, the one with the best ImageNet top-1 first
 _SE_SOURCES = {
     'senetv2_resnet50': (
         'seresnet50.ra2_in1k',
@@ -62,9 +62,104 @@ _SE_SOURCES = {
     'senextv2_aa201d_32x8d': ('seresnextaa201d_32x8d.sw_in12k_ft_in1k_384',),
 }
 
+# Sources without attention: the best ImageNet top-1 first, and last those whose licence (cc-by-nc-4.0) forbids
+# commercial use, so that none of them is a default
+_PLAIN_SOURCES = {
+    'senetv2_resnet18': (
+        'resnet18.a1_in1k',
+        'resnet18.a2_in1k',
+        'resnet18.gluon_in1k',
+        'resnet18.tv_in1k',
+        'resnet18.a3_in1k',
+        'resnet18.fb_swsl_ig1b_ft_in1k',
+        'resnet18.fb_ssl_yfcc100m_ft_in1k',
+    ),
+    'senetv2_resnet34': (
+        'resnet34.ra4_e3600_r224_in1k',
+        'resnet34.a1_in1k',
+        'resnet34.a2_in1k',
+        'resnet34.bt_in1k',
+        'resnet34.gluon_in1k',
+        'resnet34.tv_in1k',
+        'resnet34.a3_in1k',
+    ),
+    'senetv2_resnet50': (
+        'resnet50.a1_in1k',
+        'resnet50.d_in1k',
+        'resnet50.c1_in1k',
+        'resnet50.c2_in1k',
+        'resnet50.tv2_in1k',
+        'resnet50.a2_in1k',
+        'resnet50.b1k_in1k',
+        'resnet50.a1h_in1k',
+        'resnet50.b2k_in1k',
+        'resnet50.ram_in1k',
+        'resnet50.ra_in1k',
+        'resnet50.bt_in1k',
+        'resnet50.am_in1k',
+        'resnet50.a3_in1k',
+        'resnet50.gluon_in1k',
+        'resnet50.tv_in1k',
+        'resnet50.fb_swsl_ig1b_ft_in1k',
+        'resnet50.fb_ssl_yfcc100m_ft_in1k',
+    ),
+    'senetv2_resnet101': (
+        'resnet101.a1h_in1k',
+        'resnet101.a1_in1k',
+        'resnet101.a2_in1k',
+        'resnet101.tv2_in1k',
+        'resnet101.a3_in1k',
+        'resnet101.gluon_in1k',
+        'resnet101.tv_in1k',
+    ),
+    'senetv2_resnet152': (
+        'resnet152.a1h_in1k',
+        'resnet152.a1_in1k',
+        'resnet152.a2_in1k',
+        'resnet152.tv2_in1k',
+        'resnet152.a3_in1k',
+        'resnet152.gluon_in1k',
+        'resnet152.tv_in1k',
+    ),
+    'senetv2_resnet152d': (
+        'resnet152d.ra2_in1k',
+        'resnet152d.gluon_in1k',
+    ),
+    'senextv2_50': (
+        'resnext50_32x4d.a1h_in1k',
+        'resnext50_32x4d.a1_in1k',
+        'resnext50_32x4d.a2_in1k',
+        'resnext50_32x4d.tv2_in1k',
+        'resnext50_32x4d.ra_in1k',
+        'resnext50_32x4d.gluon_in1k',
+        'resnext50_32x4d.a3_in1k',
+        'resnext50_32x4d.tv_in1k',
+        'resnext50_32x4d.fb_swsl_ig1b_ft_in1k',
+        'resnext50_32x4d.fb_ssl_yfcc100m_ft_in1k',
+    ),
+    'senextv2_101_32x4d': (
+        'resnext101_32x4d.gluon_in1k',
+        'resnext101_32x4d.fb_swsl_ig1b_ft_in1k',
+        'resnext101_32x4d.fb_ssl_yfcc100m_ft_in1k',
+    ),
+    'senextv2_101_32x8d': (
+        'resnext101_32x8d.tv2_in1k',
+        'resnext101_32x8d.tv_in1k',
+        'resnext101_32x8d.fb_swsl_ig1b_ft_in1k',
+        'resnext101_32x8d.fb_wsl_ig1b_ft_in1k',
+        'resnext101_32x8d.fb_ssl_yfcc100m_ft_in1k',
+    ),
+    'senextv2_101_64x4d': (
+        'resnext101_64x4d.c1_in1k',
+        'resnext101_64x4d.tv_in1k',
+        'resnext101_64x4d.gluon_in1k',
+    ),
+}
+
 default_cfgs = generate_default_cfgs(
     {
-        **lifted_cfgs(_SE_SOURCES),
+        **lifted_cfgs('se', _SE_SOURCES),
+        **lifted_cfgs('plain', _PLAIN_SOURCES),
         'senetv2_resnet18.untrained': _cfg(),
         'senetv2_resnet34.untrained': _cfg(),
         'senetv2_resnet50.untrained': _cfg(),
