@@ -11,6 +11,7 @@ from .registration import register
 if TYPE_CHECKING:
     from .layers import ChannelAggregation as ChannelAggregation
     from .layers import SqueezeAggregatedExcitation as SqueezeAggregatedExcitation
+    from .lifting import add_attention as add_attention
     from .lifting import lift as lift
     from .models import CifarResNet as CifarResNet
     from .models import SmallCNN as SmallCNN
@@ -22,10 +23,19 @@ _LAZY = {
     'SqueezeAggregatedExcitation': 'layers',
     'CifarResNet': 'models',
     'SmallCNN': 'models',
+    'add_attention': 'lifting',
     'lift': 'lifting',
 }
 
-__all__ = ['ChannelAggregation', 'CifarResNet', 'SmallCNN', 'SqueezeAggregatedExcitation', 'lift', 'register']
+__all__ = [
+    'ChannelAggregation',
+    'CifarResNet',
+    'SmallCNN',
+    'SqueezeAggregatedExcitation',
+    'add_attention',
+    'lift',
+    'register',
+]
 
 register()
 

@@ -1,22 +1,26 @@
-"""SE of any timm model into SaE, without changing what the model computes: `lift`.
+"""SaE in a live model, without changing what it computes: from SE (`lift`), from no attention (`add_attention`).
 
 The module is not called lift, because a submodule of that name would take the place of the function in the package.
 """
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
 from timm.layers import EffectiveSEModule, SEModule
+from timm.models import resnet
 from timm.models.efficientnet import SqueezeExcite
 from timm.models.senet import SEModule as OriginalSEModule
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.models import resnet as torchvision_resnet  # type: ignore[import-untyped]
 
 from .layers import SqueezeAggregatedExcitation
 from .layers._checks import check_whole_number
+from .models.pretrained import AFFINE_NORMS
 
 Model = TypeVar('Model', bound=nn.Module)
 
@@ -66,13 +70,19 @@ _HOOKS = (
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _altered(module: nn.Module, parameters: Iterable[str] = (), children: Iterable[str] = ()) -> str | None:
+def _altered(
+    module: nn.Module,
+    parameters: Iterable[str] = (),
+    children: Iterable[str] = (),
+    buffers: Iterable[str] = (),
+) -> str | None:
     """Why the module may do more than its class says, or None.
 
     Args:
-        module: One that holds no parameters but those named and no children but those named.
-        parameters: Names.
-        children: Names.
+        module: The module.
+        parameters: Names of those that its class has; it may hold no others.
+        children: Likewise.
+        buffers: Likewise.
     """
     if any(getattr(module, hooks, None) for hooks in _HOOKS):
         return 'has hooks'
@@ -82,7 +92,7 @@ def _altered(module: nn.Module, parameters: Iterable[str] = (), children: Iterab
     surplus = [
         *(module._parameters.keys() - set(parameters)),
         *(module._modules.keys() - set(children)),
-        *module._buffers.keys(),
+        *(module._buffers.keys() - set(buffers)),
     ]
     if surplus:
         return f'also holds {min(surplus)}, as pruned, normalised and wrapped modules do'
@@ -269,3 +279,166 @@ def _sae_like(se: nn.Module, reduction: int, cardinality: int) -> SqueezeAggrega
     for _, conv, linear in parts:
         linear.training = conv.training
     return layer
+
+
+# ---- SaE where there was no attention
+
+
+class TorchvisionBasicBlock(torchvision_resnet.BasicBlock):  # type: ignore[misc]
+    """torchvision's BasicBlock with attention, `se`, between the last norm and the sum. `add_attention` makes it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C_in, H, W) to (N, C_out, H / stride, W / stride)."""
+        branch: torch.Tensor = self.relu(self.bn1(self.conv1(x)))
+        branch = self.se(self.bn2(self.conv2(branch)))
+        branch += x if self.downsample is None else self.downsample(x)
+        branch = self.relu(branch)
+        return branch
+
+
+class TorchvisionBottleneck(torchvision_resnet.Bottleneck):  # type: ignore[misc]
+    """torchvision's Bottleneck with attention, `se`, between the last norm and the sum. `add_attention` makes it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C_in, H, W) to (N, C_out, H / stride, W / stride)."""
+        branch: torch.Tensor = self.relu(self.bn1(self.conv1(x)))
+        branch = self.relu(self.bn2(self.conv2(branch)))
+        branch = self.se(self.bn3(self.conv3(branch)))
+        branch += x if self.downsample is None else self.downsample(x)
+        branch = self.relu(branch)
+        return branch
+
+
+# Each block: the names of its last conv and norm, and the class it has once it has attention. timm's own forward calls
+# `se` where there is one, so timm's blocks stay timm's.
+_BLOCKS: dict[type[nn.Module], tuple[str, str, type[nn.Module]]] = {
+    resnet.BasicBlock: ('conv2', 'bn2', resnet.BasicBlock),
+    resnet.Bottleneck: ('conv3', 'bn3', resnet.Bottleneck),
+    torchvision_resnet.BasicBlock: ('conv2', 'bn2', TorchvisionBasicBlock),
+    torchvision_resnet.Bottleneck: ('conv3', 'bn3', TorchvisionBottleneck),
+}
+BLOCK_CLASSES: tuple[type[nn.Module], ...] = tuple(_BLOCKS)
+
+
+def add_attention(model: Model, reduction: int = 32, cardinality: int = 4) -> Model:
+    """Put SaE into every residual block without attention, without changing what the model computes.
+
+    The layer comes after the last norm of the residual branch, before the shortcut is added. Its second dense layer is
+    zero, so each gate is sigmoid(0) = 1/2, and weight and bias of that norm are doubled. Both are exact in binary
+    floating point, so the outputs stay the same to the last bit, in inference and in training, short of overflow. At
+    1/2 the sigmoid is steepest: the attention trains from the first step on.
+
+    Names in the state dict stay, and `<block>.se.*` are new. A saved state dict loads into the model built again, with
+    attention added again. Build the optimizer, and wrap or compile the model, afterwards.
+
+    Args:
+        model: A model made of the residual blocks of timm's ResNet, whatever its stem, shortcuts and norms, or of
+            torchvision's. Changed in place. Blocks that have attention keep it; see `lift`.
+        reduction: A branch has channels // reduction hidden units, and at least one.
+        cardinality: Branches of each SaE.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: A model without such blocks, or with a block of which it is not certain that it stays the same: its
+            last norm has no weight, or is shared, hooked, parametrized, frozen for good or quantized; or its class or
+            forward is not timm's or torchvision's own. Says which and why; the model is unchanged then.
+    """
+    check_whole_number('reduction', reduction)
+    check_whole_number('cardinality', cardinality)
+    blocks = {name: m for name, m in model.named_modules() if isinstance(m, BLOCK_CLASSES)}
+    without = {name: block for name, block in blocks.items() if getattr(block, 'se', None) is None}
+    if not without:
+        raise ValueError(
+            f'every residual block of this {type(model).__name__} has attention'
+            if blocks
+            else f"{type(model).__name__} holds no residual block of timm's or torchvision's ResNet"
+        )
+    uses = _Uses.of(model)
+    for name, block in without.items():
+        reason = _why_no_attention(block, uses)
+        if reason:
+            raise ValueError(f'{name or "the block"} ({type(block).__name__}) cannot take attention: {reason}')
+    _refuse_parallel(model)
+
+    plans = []
+    for block in without.values():
+        _, _, becomes = _BLOCKS[type(block)]
+        plans.append((block, becomes, list(_last_affine(block).parameters()), _idle_sae(block, reduction, cardinality)))
+    undo: list[Callable[[], object]] = []
+    try:
+        for block, becomes, parameters, layer in plans:
+            with torch.no_grad():
+                for parameter in parameters:
+                    parameter.mul_(2)
+                    undo.append(partial(parameter.mul_, 0.5))
+            undo.append(partial(_take_attention, block, type(block), 'se' in vars(block)))
+            block.se = layer
+            block.__class__ = becomes
+    except BaseException:  # parameters in memory that cannot be written to, or Ctrl-C
+        with torch.no_grad():
+            for action in reversed(undo):
+                action()
+        raise
+    return model
+
+
+def _take_attention(block: nn.Module, kind: type[nn.Module], names_se: bool) -> None:
+    """Make the block again what it was: of its class, and with or without a name `se` for what it has not."""
+    block.__class__ = kind
+    block._modules.pop('se', None)
+    if names_se:
+        vars(block)['se'] = None
+
+
+def _last_affine(block: nn.Module) -> nn.Module:
+    """The last module of the residual branch: its norm, or its conv where the norm has been folded into that."""
+    conv, norm, _ = _BLOCKS[type(block)]
+    last: nn.Module = getattr(block, norm)
+    return getattr(block, conv) if type(last) is nn.Identity else last
+
+
+def _why_no_attention(block: nn.Module, uses: _Uses) -> str | None:
+    """Why it is not certain that the block computes the same with attention, or None."""
+    if type(block) not in _BLOCKS:
+        return "its class is not timm's or torchvision's own"
+    if 'forward' in vars(block):
+        return 'its forward is not that of its class'
+    conv_name, norm_name, _ = _BLOCKS[type(block)]
+    conv, norm = getattr(block, conv_name), getattr(block, norm_name)
+    weight = getattr(conv, 'weight', None)
+    if not isinstance(weight, torch.Tensor) or weight.dtype not in _DTYPES:
+        return f'its {conv_name} is a {type(conv).__name__} without a plain floating-point weight'
+    if type(norm) is nn.Identity:
+        if _altered(norm):
+            return f'its {norm_name} {_altered(norm)}'
+        name, last, is_known = conv_name, conv, type(conv) is nn.Conv2d
+    else:
+        name, last, is_known = norm_name, norm, type(norm) in AFFINE_NORMS
+    if not is_known:
+        return f'its {name} is a {type(last).__name__}, of which it is not known that it ends with weight and bias'
+    if getattr(last, 'weight', None) is None:
+        return f'its {name} has no weight that could be doubled'
+    buffers = ('running_mean', 'running_var', 'num_batches_tracked')
+    reason = _altered(last, parameters=('weight', 'bias'), buffers=buffers)
+    if reason:
+        return f'its {name} {reason}'
+    if uses.parents[id(last)] > 1 or any(uses.is_shared(p) for p in last.parameters()):
+        return f'its {name} is shared with another module'
+    for parameter in last.parameters():
+        if parameter.is_inference():
+            return f'its {name} was made in inference mode and cannot be changed'
+        if not parameter.is_meta and (2 * parameter.detach()).isinf().any():
+            return f'twice the parameters of its {name} would overflow in {parameter.dtype}'
+    return None
+
+
+def _idle_sae(block: nn.Module, reduction: int, cardinality: int) -> SqueezeAggregatedExcitation:
+    weight: torch.Tensor = getattr(block, _BLOCKS[type(block)][0]).weight
+    layer = SqueezeAggregatedExcitation(
+        weight.shape[0], reduction, cardinality, device=weight.device, dtype=weight.dtype
+    )
+    nn.init.zeros_(layer.fc2.weight)
+    nn.init.zeros_(layer.fc2.bias)
+    return layer.train(block.training)
