@@ -20,9 +20,10 @@ import tarfile
 from collections import defaultdict
 from pathlib import Path, PurePosixPath
 
-from _cli import UserError, run
 from timm.data.readers import create_reader
 from tqdm import tqdm
+
+from timm_senetv2.errors import UserError, run
 
 MANIFEST = 'manifest.json'
 VALIDATION = ('validation', 'val', 'valid', 'eval', 'evaluation')  # what train.py looks for

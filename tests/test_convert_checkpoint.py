@@ -15,9 +15,9 @@ import timm
 import torch
 import torch.nn.functional as F
 from _cli import run
-from _randomize import randomize
 from torch import nn
 
+from experiments.randomize import randomize
 from timm_senetv2.checkpoints import convert_state_dict, read_checkpoint
 
 SCRIPT = Path(__file__).parents[1] / 'scripts' / 'convert_checkpoint.py'

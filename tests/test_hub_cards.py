@@ -91,11 +91,11 @@ def test_card_of_shipped_weights_quotes_the_run_they_come_from(cards, name):
             return list(csv.DictReader(f))
 
     (origin,) = [row['run'] for row in rows('fmnist_weights.csv') if row['tag'] == name]
-    (run,) = [row for row in rows('fmnist/results.csv') if row['run'] == origin]
+    (run,) = [row for row in rows('runs/fmnist/results.csv') if row['run'] == origin]
     (result,) = cards[name].data.eval_results
     assert result.metric_value == float(run['accuracy']) and result.source_url is None
     assert f'| Top-1 accuracy after the last epoch | {float(run["accuracy"])} |' in cards[name].text
-    assert 'From `results/fmnist/results.csv` of timm-senetv2.' in cards[name].text
+    assert 'From `results/runs/fmnist/results.csv` of timm-senetv2.' in cards[name].text
     assert run['command'] in cards[name].text and f'| epochs | {run["epochs"]} |' in cards[name].text
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import make_imagenet_subset as script
 import numpy as np
 import pytest
-from _cli import UserError
 from PIL import Image
 from timm.data import create_dataset
+
+from timm_senetv2.errors import UserError
 
 CLASSES = ('n01', 'n02', 'n10')
 
