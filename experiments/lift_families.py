@@ -20,9 +20,9 @@ from timm.data import resolve_model_data_config
 from tqdm import tqdm
 
 from timm_senetv2 import lift
-from timm_senetv2.checkpoints import SE_CLASSES
 from timm_senetv2.errors import UserError, did_you_mean, run
 from timm_senetv2.files import write_atomically
+from timm_senetv2.lifting import SE_CLASSES
 from timm_senetv2.registration import MODEL_MODULES
 
 from .randomize import randomize
