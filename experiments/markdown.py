@@ -105,7 +105,7 @@ def summary(device: str) -> str:
         '| Model | Parameters | GMACs | ImageNet-1k top-1, % (pixels) | Speed / plain | Speed / SE |',
         '|---|--:|--:|--:|--:|--:|',
     ]
-    for model in _models():
+    for model in sorted(_models(), key=lambda model: model.input_size[-1] < 100):  # large images first
         published = [tag.accuracies for tag in model.tags if tag.default and tag.accuracies]
         if model.name not in TRIOS and not published:
             continue
@@ -153,9 +153,10 @@ def _benchmark(name: str) -> list[dict[str, str]]:
     return read(RESULTS / f'benchmark_{name}.csv')
 
 
-def speed(name: str) -> str:
-    """The speed of all models in all settings of a benchmark, and how it was measured."""
+def speed(name: str, *words: str) -> str:
+    """The speed of all models in the settings of a benchmark that have all of the words, and how it was measured."""
     rows = [row for row in _benchmark(name) if row['experiment'].startswith('models, ')]
+    rows = [row for row in rows if set(words) <= set(row['experiment'].replace(',', '').split())]
     return f'{report.speed_table(rows, rows[0]["baseline"])}\n\n{report.measured_with(rows)}'
 
 

@@ -226,14 +226,14 @@ def measured_with(rows: list[Row]) -> str:
     commands = ', '.join(f'`{command}`' for command in dict.fromkeys(row['command'] for row in rows))
     return (
         f'Measured with {commands} on {first["machine"]}, {first["threads"]} threads, torch {first["torch"]}, timm '
-        f'{first["timm"]}: medians over interleaved rounds, quartiles in brackets.'
+        f'{first["timm"]}: medians over interleaved rounds.'
     )
 
 
 def report(rows: list[Row], kernels: list[Row]) -> str:
     """The Markdown file: machine, speed of all models in all settings, then a table an experiment."""
     parts = [
-        f'{measured_with(rows)} A speed is the ratio of two times of the same round: above 1 is faster than the model '
+        f'{measured_with(rows)} Quartiles are in brackets. A speed is the ratio of two times of the same round: above 1 is faster than the model '
         'it is compared with. Memory is the peak of live tensors in a step.',
     ]
     parts += [speed_table(rows, row['baseline']) for row in rows if _of_models([row])][:1]
