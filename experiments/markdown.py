@@ -50,10 +50,28 @@ def fill(text: str) -> str:
             raise UserError(f'{match[1].strip()}: {e}') from None
         return f'{match[1]}{content.rstrip()}\n{match[4]}'
 
-    filled = REGION.sub(region, text)
-    if filled.count(BEGIN) != len(REGION.findall(filled)) or filled.count(END) != filled.count(BEGIN):
-        raise UserError(f'a line {BEGIN}… --> has no {END} after it, or one too many')
-    return filled
+    marks = re.findall(r'^<!-- (/?)docs\.py', text, flags=re.M)
+    if marks != ['', '/'] * (len(marks) // 2):
+        raise UserError(f'a line {BEGIN}… --> has no {END} after it, or one stands alone')
+    return REGION.sub(region, text)
+
+
+def absolute(text: str, repository: str, ref: str) -> str:
+    """The text with its relative links made absolute, for a page that stands elsewhere, as on a package index.
+
+    Args:
+        text: Of a Markdown file at the root of the repository.
+        repository: Its URL, as of GitHub or a server like it.
+        ref: A tag or branch.
+    """
+
+    def link(match: re.Match[str]) -> str:
+        kind = 'raw' if match[1] else 'blob'
+        return f'{match[1]}[{match[2]}]({repository.rstrip("/")}/{kind}/{ref}/{match[3]})'
+
+    outside = re.split(r'(^```.*?^```$)', text, flags=re.M | re.S)
+    outside[::2] = [re.sub(r'(!?)\[([^\]]*)\]\((?!https?:|#)([^)\s]+)\)', link, part) for part in outside[::2]]
+    return ''.join(outside)
 
 
 def read(path: Path) -> list[dict[str, str]]:

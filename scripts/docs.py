@@ -20,8 +20,21 @@ from timm_senetv2.files import write_atomically  # noqa: E402
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--check', action='store_true', help='write nothing; exit with 2 if a region is out of date')
+    parser.add_argument(
+        '--absolute-links',
+        nargs=2,
+        metavar=('URL', 'REF'),
+        help="instead, make README.md's links absolute, for the package's page on an index: a release does so before "
+        'it builds; URL is the repository, REF a tag or branch',
+    )
     parser.add_argument('files', nargs='*', type=Path, metavar='FILE', help='only these (default: all *.md)')
     args = parser.parse_args(argv)
+    if args.absolute_links:
+        readme = markdown.ROOT / 'README.md'
+        text = markdown.absolute(readme.read_text(encoding='utf-8'), *args.absolute_links)
+        with write_atomically(readme) as temporary:
+            temporary.write_text(text, encoding='utf-8')
+        return
     stale = []
     for path in args.files or markdown.documents():
         text = path.read_text(encoding='utf-8')

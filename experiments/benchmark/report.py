@@ -233,8 +233,8 @@ def measured_with(rows: list[Row]) -> str:
 def report(rows: list[Row], kernels: list[Row]) -> str:
     """The Markdown file: machine, speed of all models in all settings, then a table an experiment."""
     parts = [
-        f'{measured_with(rows)} Quartiles are in brackets. A speed is the ratio of two times of the same round: above 1 is faster than the model '
-        'it is compared with. Memory is the peak of live tensors in a step.',
+        f'{measured_with(rows)} Quartiles are in brackets. A speed is the ratio of two times of the same round: above '
+        '1 is faster than the model it is compared with. Memory is the peak of live tensors in a step.',
     ]
     parts += [speed_table(rows, row['baseline']) for row in rows if _of_models([row])][:1]
     beside = [row for row in rows if row['experiment'].startswith(BESIDE)]
