@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-import train as train_script
-from _cli import UserError
 
-SCRIPT = Path(train_script.__file__)
+from timm_senetv2 import timm_scripts
+from timm_senetv2.commands import main
+from timm_senetv2.commands.train import SCRIPTS
+from timm_senetv2.commands.train import main as train
+from timm_senetv2.errors import UserError
+
 REPORT = """
 import json, os, sys
 import timm
@@ -30,7 +33,7 @@ def make_checkout(folder: Path, version: str = timm.__version__) -> Path:
     (folder / 'timm').mkdir(parents=True)
     (folder / 'timm' / '__init__.py').write_text('raise ImportError("the checkout\'s timm was imported")')
     (folder / 'timm' / 'version.py').write_text(f"__version__ = '{version}'\n")
-    for name in train_script.SCRIPTS:
+    for name in SCRIPTS:
         (folder / f'{name}.py').write_text(REPORT)
     (folder / 'hubconf.py').write_text('dependencies = ["torch"]\nimport timm\n')
     return folder
@@ -67,9 +70,9 @@ def run_main(tmp_path, monkeypatch):
     def run_main(*argv: str) -> dict:
         report.unlink(missing_ok=True)
         with monkeypatch.context() as m:
-            m.setattr(sys, 'argv', ['train.py', *argv])
-            m.setattr(sys, 'path', [str(SCRIPT.parent), *sys.path])
-            train_script.main()
+            m.setattr(sys, 'argv', ['timm-senetv2'])
+            m.setattr(sys, 'path', [os.getcwd(), *sys.path])  # as `python -m` has it
+            train(argv)
         return json.loads(report.read_text())
 
     return run_main
@@ -110,7 +113,7 @@ def test_timm_is_the_installed_one_with_our_models(checkout, run_main):
     assert report['timm'] == timm.__file__
     assert report['registered']
     assert report['path'][-1] == str(checkout)
-    assert str(SCRIPT.parent) not in report['path']
+    assert os.getcwd() not in report['path'][:1]
 
 
 def test_help_is_ours_and_timm_help_is_timms(checkout, run_main, capsys):
@@ -192,9 +195,8 @@ def test_ranks_that_start_together_fetch_once(tmp_path):
             shutil.make_archive(dst.removesuffix('.zip'), 'zip', {str(tmp_path)!r}, {source.name!r})
 
         torch.hub.download_url_to_file = download
-        sys.path.insert(0, {str(SCRIPT.parent)!r})
-        sys.argv = ['train.py']
-        runpy.run_path({str(SCRIPT)!r}, run_name='__main__')
+        sys.argv = ['timm-senetv2', 'train']
+        runpy.run_module('timm_senetv2', run_name='__main__')
     """)
     )
     environment = {k: v for k, v in os.environ.items() if k != 'TIMM_REPO'} | dict(TORCH_HOME=str(tmp_path / 'home'))
@@ -215,9 +217,8 @@ def test_ranks_that_start_together_fetch_once(tmp_path):
 
 
 def test_offline_and_nothing_cached_says_in_one_line_what_to_run(hub, monkeypatch, capsys):
-    monkeypatch.setattr(sys, 'argv', ['train.py', '--data-dir', 'x'])
     with pytest.raises(SystemExit) as e:
-        train_script.run(train_script.main)
+        main(['train', '--data-dir', 'x'])
     assert e.value.code == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith('error:')]
     assert f'git clone --depth 1 --branch v{timm.__version__} https://github.com/huggingface/' in line
@@ -229,7 +230,7 @@ def test_ddp_takes_the_cpu_that_train_py_names(tmp_path):
     try:
         model = torch.nn.Linear(3, 2)
         x = torch.randn(5, 3)
-        wrapped = train_script.AnyDeviceDDP(model, device_ids=[torch.device('cpu')])
+        wrapped = timm_scripts.AnyDeviceDDP(model, device_ids=[torch.device('cpu')])
         assert isinstance(wrapped, torch.nn.parallel.DistributedDataParallel)
         wrapped(x).sum().backward()
         assert torch.allclose(model.weight.grad, x.sum(0).expand(2, 3))
@@ -243,4 +244,4 @@ def test_ddp_is_replaced_under_torchrun_only(checkout, run_main, monkeypatch):
     assert torch.nn.parallel.DistributedDataParallel is original
     monkeypatch.setenv('WORLD_SIZE', '2')
     run_main('--timm-repo', str(checkout))
-    assert torch.nn.parallel.DistributedDataParallel is train_script.AnyDeviceDDP
+    assert torch.nn.parallel.DistributedDataParallel is timm_scripts.AnyDeviceDDP

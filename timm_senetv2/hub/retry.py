@@ -1,12 +1,15 @@
 """What goes wrong on the way to the Hub and back, as one plain line; and trying again where that can help."""
 
-import errno
 import logging
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
+from json import JSONDecodeError
 from typing import TypeVar
 
+import huggingface_hub
 from huggingface_hub.errors import (
     HfHubHTTPError,
     OfflineModeIsEnabled,
@@ -15,15 +18,12 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+from ..errors import UserError, is_full_disk, one_line, printable
+
 _RETRIED = (408, 412, 429, 500, 502, 503, 504)  # 412: somebody else committed in between
 _CLIENTS = ('httpx', 'httpx2', 'requests', 'urllib3')  # what one version of huggingface_hub or another is built on
 _logger = logging.getLogger(__name__)
 T = TypeVar('T')
-
-
-class HubError(Exception):
-    """One plain line: what is wrong and what to do."""
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -40,11 +40,12 @@ def attempt(
     attempts: int = 4,
     wait: float = 2.0,
 ) -> T:
-    """Do something with the Hub, several times if need be; a failure becomes a HubError without the token in it."""
+    """Do something with the Hub, several times if need be; a failure becomes a UserError without the token in it."""
     for done in range(attempts):
+        _logger.info('%s', what)
         try:
             return action()
-        except HubError:
+        except UserError:
             raise
         except Exception as e:
             trace = traceback.format_exc()
@@ -56,7 +57,7 @@ def attempt(
             trace, reason = trace.replace(token, '<token>'), reason.replace(token, '<token>')
         _logger.debug('%s', trace)
         if not retry or done + 1 == attempts:
-            raise HubError(f'could not {what}: {reason}')
+            raise UserError(f'could not {what}: {reason}')
         pause = max(wait * 2**done, min(pause, 60.0))
         _logger.warning('could not %s: %s; trying again in %.0f s', what, reason, pause)
         time.sleep(pause)
@@ -69,25 +70,37 @@ def _explain(error: Exception, repo_id: str) -> tuple[str, bool, float] | None:
     None for what is no failure of Hub, network, machine or file.
     """
     causes = list(_causes(error))
-    full = next((e for e in causes if isinstance(e, OSError) and e.errno in FULL_DISK), None)
-    if full is not None:
+    if any(is_full_disk(e) for e in causes if isinstance(e, (OSError, SafetensorError))):
         return 'the disk is full; free some space and run it again', False, 0.0
     if any(isinstance(e, OfflineModeIsEnabled) for e in causes):
         return 'huggingface_hub is in offline mode; unset HF_HUB_OFFLINE', False, 0.0
     answer = next((e for e in causes if isinstance(e, HfHubHTTPError) and e.response is not None), None)
     if answer is not None:
         status = answer.response.status_code
-        after = answer.response.headers.get('Retry-After', '')
-        return _explain_status(answer, status, repo_id), status in _RETRIED, float(after) if after.isdigit() else 0.0
+        pause = _seconds(answer.response.headers.get('Retry-After', ''))
+        return _explain_status(answer, status, repo_id), status in _RETRIED, pause
     if any(
         isinstance(e, ConnectionError | TimeoutError) or type(e).__module__.partition('.')[0] in _CLIENTS
         for e in causes
     ):
         return 'the connection to the Hub failed; see to the network and run it again', True, 0.0
-    if not isinstance(error, OSError | RuntimeError | ValueError | SafetensorError):
+    if isinstance(error, (AttributeError, IndexError, KeyError, TypeError, JSONDecodeError)):
+        version = huggingface_hub.__version__
+        return f'the Hub gave an answer that huggingface_hub {version} cannot read; try again later', False, 0.0
+    if not isinstance(error, (OSError, RuntimeError, ValueError, SafetensorError)):
         return None
     # an OSError that is left is the client's, for a download of the wrong size
-    return ' '.join(str(error).split()) or type(error).__name__, isinstance(error, OSError), 0.0
+    return one_line(error), isinstance(error, OSError), 0.0
+
+
+def _seconds(retry_after: str) -> float:
+    """The seconds that the header Retry-After asks for, which may also be a date; 0 for anything else."""
+    if retry_after.isascii() and retry_after.isdecimal():
+        return float(retry_after[:9])
+    try:
+        return max(0.0, (parsedate_to_datetime(retry_after) - datetime.now(timezone.utc)).total_seconds())
+    except (TypeError, ValueError, OverflowError):  # no date, or one without a time zone
+        return 0.0
 
 
 def _explain_status(error: HfHubHTTPError, status: int, repo_id: str) -> str:
@@ -109,5 +122,5 @@ def _explain_status(error: HfHubHTTPError, status: int, repo_id: str) -> str:
         return 'the Hub asks for fewer requests; wait a while and run it again'
     if status >= 500:
         return f'the Hub has a fault (status {status}); run it again later'
-    detail = ' '.join((getattr(error, 'server_message', None) or str(error)).split())
+    detail = printable(' '.join((getattr(error, 'server_message', None) or str(error)).split()), limit=500)
     return f'the Hub refuses it (status {status}): {detail}'

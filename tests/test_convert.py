@@ -1,6 +1,5 @@
 """Checkpoints of the SEANet authors and of unofficial SaE ports, against plain-torch constructions of both."""
 
-import argparse
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,19 +7,18 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import convert_checkpoint
 import pytest
 import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-from _cli import run
 from _randomize import randomize
 from torch import nn
 
 from timm_senetv2.checkpoints import convert_state_dict, read_checkpoint
-
-SCRIPT = Path(__file__).parents[1] / 'scripts' / 'convert_checkpoint.py'
+from timm_senetv2.commands import main
+from timm_senetv2.errors import UserError
+from timm_senetv2.files import MARK
 
 
 class Done(NamedTuple):
@@ -30,13 +28,12 @@ class Done(NamedTuple):
 
 
 @pytest.fixture
-def convert(monkeypatch, capsys) -> Callable[..., Done]:
-    """Run the script in this process: torch and timm are imported already."""
+def convert(capsys) -> Callable[..., Done]:
+    """Run the command in this process: torch and timm are imported already."""
 
     def call(*args) -> Done:
-        monkeypatch.setattr(sys, 'argv', [str(SCRIPT), *map(str, args)])
         with pytest.raises(SystemExit) as done:
-            run(convert_checkpoint.main)
+            main(['convert', *map(str, args)])
         return Done(done.value.code or 0, *capsys.readouterr())
 
     return call
@@ -164,7 +161,7 @@ def test_authors_file_becomes_a_directory_with_the_same_logits(
     for found in (f'CIFAR-{classes}', f'classes: {classes}\n', f'parameters: {parameters}\n'):
         assert found in done.stdout
     assert ('epoch: 165' if layout == 'cifar10' else 'best accuracy in the file: 78.67 %') in done.stdout
-    assert sorted(p.name for p in (tmp_path / 'new').rglob('*')) == ['config.json', 'model.safetensors', 'out']
+    assert sorted(p.name for p in (tmp_path / 'new').rglob('*')) == [MARK, 'config.json', 'model.safetensors', 'out']
 
     model = timm.create_model(f'local-dir:{tmp_path / "new" / "out"}', pretrained=True).eval()
     x = images()
@@ -224,7 +221,7 @@ def test_script_converts_a_port_in_safetensors(tmp_path):
     source = port(**NUMBERED)
     safetensors.torch.save_file(source.state_dict(), tmp_path / 'port.safetensors')
     arguments = [tmp_path / 'port.safetensors', '--model', 'cifar_senetv2_resnet20', '--out', tmp_path / 'out']
-    done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-m', 'timm_senetv2', 'convert', *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
     x = images()
@@ -310,8 +307,12 @@ def test_other_depth_is_refused(refused, seanet):
     refused(seanet[10].state_dict(), reason, model='seanet32')
 
 
+class Opaque:
+    """Something that only an unsafe pickle could load."""
+
+
 def test_pickle_that_needs_code_is_refused_and_the_message_says_which(refused):
-    refused(dict(epoch=1, weight={}, args=argparse.Namespace(lr=0.1)), 'refused', 'argparse.Namespace')
+    refused(dict(epoch=1, weight={}, args=Opaque()), 'refused', 'Opaque')
 
 
 def test_file_without_weights_is_refused(refused):
@@ -323,18 +324,18 @@ def test_file_without_weights_is_refused(refused):
 def test_file_that_is_no_checkpoint_is_refused(tmp_path, content, suffix):
     file = tmp_path / f'x{suffix}'
     file.write_bytes(content)
-    with pytest.raises(ValueError, match='is not a checkpoint, or it is damaged'):
+    with pytest.raises(UserError, match='is not a checkpoint, or it is damaged'):
         read_checkpoint(file)
 
 
 def test_script_refuses_wrong_arguments(tmp_path, convert, seanet):
     missing = convert(tmp_path / 'no.pth', '--model', 'seanet20', '--out', tmp_path / 'out')
     assert missing.returncode == 2
-    assert missing.stderr == f'error: cannot read {tmp_path}/no.pth: No such file or directory\n'
+    assert missing.stderr == f'error: cannot read {tmp_path}/no.pth: there is no such file\n'
     unknown = convert(tmp_path / 'no.pth', '--model', 'seanet21', '--out', tmp_path / 'out')
     assert unknown.returncode == 2 and "'seanet21' is not one of our models; did you mean seanet" in unknown.stderr
     taken = convert(tmp_path / 'no.pth', '--model', 'seanet20', '--out', tmp_path.parent)
-    assert taken.returncode == 2 and 'exists; name a new directory' in taken.stderr
+    assert taken.returncode == 2 and 'was not written by convert' in taken.stderr
     file = authors_file(tmp_path / 'x.pth', seanet[10], 'cifar10')
     option = convert(file, '--model', 'seanet20', '--out', tmp_path / 'out', '--model-kwargs', 'no_such=1')
     assert option.returncode == 2 and option.stderr.startswith('error: --model-kwargs: ') and 'no_such' in option.stderr
