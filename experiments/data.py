@@ -129,9 +129,7 @@ class ImageData:
         for index, name in enumerate(self.classes):
             own = order[targets[order] == index]
             if len(own) < per_class:
-                raise UserError(
-                    f'--per-class {per_class}: class {name!r} of {self.name} has {len(own)} training images'
-                )
+                raise UserError(f'--per-class {per_class}: class {name!r} has only {len(own)} training images')
             kept.append(own[:per_class])
         return replace(self, train=_chosen(self.train, np.sort(np.concatenate(kept))))
 

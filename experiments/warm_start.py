@@ -105,7 +105,8 @@ def build(spec: ModelSpec, num_classes: int, source: Source | None = None, shape
         with torch.device('meta') if shapes_only else nullcontext():
             model = timm.create_model(spec.name, num_classes=num_classes, **weights, **dict(spec.options))
     except Exception as e:  # a wrong option shows as anything
-        raise UserError(f'{spec} cannot be built: {one_line(e)}') from None
+        how = f' from the weights of --init, of {source.architecture}' if load and source is not None else ''
+        raise UserError(f'{spec} cannot be built{how}: {one_line(e)[:300]}') from None
     if load and not shapes_only:
         assert source is not None
         _check_loaded(spec, model, source)
