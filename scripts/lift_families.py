@@ -22,7 +22,7 @@ from timm.data import resolve_model_data_config
 from tqdm import tqdm
 
 from timm_senetv2 import lift
-from timm_senetv2.checkpoints import SE_CLASSES
+from timm_senetv2.lifting import SE_CLASSES
 from timm_senetv2.registration import MODEL_MODULES
 
 COLUMNS = (
