@@ -8,7 +8,6 @@ import pytest
 import timm
 import torch
 import torchvision
-from _randomize import randomize
 from timm.layers import BatchNormAct2d, LayerNorm2d
 from timm.models import reparameterize_model
 from timm.models.resnet import BasicBlock, Bottleneck
@@ -16,6 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import timm_senetv2
+from experiments.randomize import randomize
 from timm_senetv2 import SqueezeAggregatedExcitation, add_attention
 from timm_senetv2.lifting import TorchvisionBasicBlock, TorchvisionBottleneck
 

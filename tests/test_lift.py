@@ -5,13 +5,13 @@ import copy
 import pytest
 import timm
 import torch
-from _randomize import randomize
 from timm.layers import SEModule
 from timm.models.efficientnet import SqueezeExcite
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import timm_senetv2
+from experiments.randomize import randomize
 from timm_senetv2 import SqueezeAggregatedExcitation, lift
 
 QCONFIG = torch.ao.quantization.get_default_qat_qconfig('x86')

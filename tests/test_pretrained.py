@@ -12,11 +12,11 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from _randomize import randomize
 from timm.layers import BatchNormAct2d, SEModule
 from timm.models import get_pretrained_cfg, save_for_hf
 from timm.models.resnet import BasicBlock, Bottleneck
 
+from experiments.randomize import randomize
 from timm_senetv2.layers import SqueezeAggregatedExcitation
 from timm_senetv2.models import pretrained
 from timm_senetv2.models.pretrained import lifted_cfgs, shipped_cfgs
