@@ -1,4 +1,4 @@
-"""Foreign weights into ours: the SEANet authors' checkpoints, SaE stored branch by branch."""
+"""Weight files: read whatever form they have, foreign layouts into ours, and written as timm loads them."""
 
 import json
 import pickle
