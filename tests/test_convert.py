@@ -12,9 +12,9 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-from _randomize import randomize
 from torch import nn
 
+from experiments.randomize import randomize
 from timm_senetv2.checkpoints import convert_state_dict, read_checkpoint
 from timm_senetv2.commands import main
 from timm_senetv2.errors import UserError

@@ -59,9 +59,10 @@ def test_card_agrees_with_registry_and_facts(cards, name):
     assert not re.search(r'{{|}}|{%|\bNone\b|\bnan\b|/work|/home', str(cards[name]))
 
 
-@pytest.mark.parametrize('name', [name for name in RELEASED if '.se_' in name])
+@pytest.mark.parametrize('name', [name for name in RELEASED if '.se_' in name or '.plain_' in name])
 def test_card_of_lifted_weights_quotes_the_sources_figures_and_says_whose_they_are(cards, name):
-    with (SOURCES / 'lift_sources.csv').open(newline='') as f:
+    table = 'plain_sources.csv' if '.plain_' in name else 'lift_sources.csv'
+    with (SOURCES / table).open(newline='') as f:
         rows = [row for row in csv.DictReader(f) if row['source_on_the_hub'] == get_pretrained_cfg(name).hf_hub_id]
     quoted = {(result.metric_name, result.metric_value) for result in cards[name].data.eval_results}
     assert quoted == {
@@ -75,8 +76,10 @@ def test_card_of_lifted_weights_quotes_the_sources_figures_and_says_whose_they_a
     )
     text = ' '.join(cards[name].text.split())
     assert f"figures of {source}, quoted from timm's results table" in text and 'not measured again' in text
-    assert 'From `timm_senetv2/weights/lift_sources.csv` of timm-senetv2.' in text
-    assert 'untrained and do nothing until the model is trained further' in text
+    assert f'From `timm_senetv2/weights/{table}` of timm-senetv2.' in text
+    idle = 'The attention of this model has not been trained yet.', 'untrained and do nothing until'
+    assert [part in text for part in idle] == ['.plain_' in name, '.se_' in name]
+    assert all(row.get('license', cards[name].data.license) == cards[name].data.license for row in rows)
 
 
 @pytest.mark.parametrize('name', [name for name in RELEASED if name.endswith('.fmnist')])

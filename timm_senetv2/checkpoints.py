@@ -1,7 +1,6 @@
-"""Foreign weights into ours: SE of any timm model, the SEANet authors' checkpoints, SaE stored branch by branch."""
+"""Weight files: read whatever form they have, foreign layouts into ours, and written as timm loads them."""
 
 import json
-import math
 import pickle
 import re
 import warnings
@@ -14,114 +13,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors.torch import load_file
-from timm.layers import EffectiveSEModule, SEModule
 from timm.models import clean_state_dict, save_for_hf
-from timm.models.efficientnet import SqueezeExcite
-from timm.models.senet import SEModule as OriginalSEModule
 from torch import nn
 
 from .errors import UserError, one_line, printable, why
 from .layers import SqueezeAggregatedExcitation
-from .layers._checks import check_whole_number
-from .models._pretrained import lift_state_dict
+from .models.pretrained import lift_state_dict
 
-Model = TypeVar('Model', bound=nn.Module)
 Number = TypeVar('Number', int, float)
-
-# The names each of timm's SE classes has for: first dense layer, activation, second dense layer, gate
-_SE_PARTS = {
-    SEModule: ('fc1', 'act', 'fc2', 'gate'),
-    SqueezeExcite: ('conv_reduce', 'act1', 'conv_expand', 'gate'),
-    OriginalSEModule: ('fc1', 'relu', 'fc2', 'sigmoid'),
-}
-SE_CLASSES = (*_SE_PARTS, EffectiveSEModule)
-
-
-def lift(model: Model, reduction: int = 32, cardinality: int = 4) -> Model:
-    """Put SaE in the place of every SE layer of a timm model, without changing what the model computes.
-
-    An SE layer with d' hidden units over C channels becomes SaE with `cardinality` branches of C // reduction hidden
-    units each, or of ceil(d' / cardinality) where that is more, which takes all of SE's. Hidden units beyond d' add
-    nothing yet and train from the first step on. Activation, gate, dtype, device, training mode and which parameters
-    require gradients stay.
-
-    Args:
-        model: A model of any family whose attention is timm's `SEModule` or `SqueezeExcite`. Changed in place. timm
-            rebuilds a model from its name, with SE, so build and lift again before loading the result's state dict.
-        reduction: See above.
-        cardinality: Branches of each SaE.
-
-    Returns:
-        The model; or the SaE layer, if `model` is itself an SE layer.
-
-    Raises:
-        ValueError: A model without SE layers, or with one whose function SaE does not have, such as a norm or a maximum
-            inside; says which and why. The model is unchanged then.
-    """
-    check_whole_number('reduction', reduction)
-    check_whole_number('cardinality', cardinality)
-    names = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, SE_CLASSES):
-            names.setdefault(module, []).append(name)
-    if not names:
-        raise ValueError(f'{type(model).__name__} holds no SEModule or SqueezeExcite, so there is nothing to lift')
-    for se, (name, *_) in names.items():
-        reason = _why_not(se)
-        if reason:
-            raise ValueError(f'{name or "the layer"} ({type(se).__name__}) cannot be lifted: {reason}')
-
-    layers = {se: _sae_like(se, reduction, cardinality) for se in names}
-    if model in layers:
-        return layers[model]
-    for se, places in names.items():
-        for name in places:
-            model.set_submodule(name, layers[se])
-    return model
-
-
-def _why_not(se: nn.Module) -> str | None:
-    """Why no SaE computes what this layer does, or None."""
-    if isinstance(se, EffectiveSEModule):
-        return 'it has one dense layer where SE has two'
-    if type(se) not in _SE_PARTS or 'forward' in vars(se):
-        return "its class or its forward is not timm's own"
-    if not isinstance(getattr(se, 'bn', None), (nn.Identity, type(None))):
-        return f'it has a {type(se.bn).__name__} between its dense layers'
-    if getattr(se, 'add_maxpool', False):
-        return 'it squeezes with the maximum as well as the mean'
-    first, _, second, _ = _parts(se)
-    if any(type(conv) is not nn.Conv2d or conv.kernel_size != (1, 1) or conv.groups != 1 for conv in (first, second)):
-        return 'its dense layers are not plain 1x1 convolutions'
-    return None
-
-
-def _parts(se: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
-    return tuple(getattr(se, part) for part in _SE_PARTS[type(se)])
-
-
-def _sae_like(se: nn.Module, reduction: int, cardinality: int) -> SqueezeAggregatedExcitation:
-    first, act, second, gate = _parts(se)
-    layer = SqueezeAggregatedExcitation(
-        first.in_channels,
-        cardinality=cardinality,
-        rd_channels=max(1, first.in_channels // reduction, math.ceil(first.out_channels / cardinality)),
-        bias=first.bias is not None,
-        act_layer=lambda: act,
-        gate_layer=lambda: gate,
-        device=first.weight.device,
-        dtype=first.weight.dtype,
-    )
-    parameters = {
-        f'{ours}.{name}': parameter
-        for ours, conv in (('fc1', first), ('fc2', second))
-        for name, parameter in conv.named_parameters()
-    }
-    layer.load_state_dict(layer.embed(parameters))
-    for name, parameter in parameters.items():
-        layer.get_parameter(name).requires_grad_(parameter.requires_grad)
-    return layer.train(se.training)
-
 
 _SEANET_LAYOUTS = {
     "the SEANet authors' for CIFAR-10": {'epoch', 'weight'},

@@ -9,6 +9,8 @@ itself, such as .fmnist, have their figures on their cards: timm-senetv2 cards.
 """
 
 import json
+import shutil
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -35,13 +37,17 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps([catalog.as_json(row) for row in rows], indent=2))
         return
     width = max(len(row.name) for row in rows)
-    print(f'{"model":{width}}  pixels  params, M    GMACs  pretrained tags')
+    head = f'{"model":{width}}  pixels  params, M    GMACs  '
+    print(f'{head}pretrained tags')
+    room = max(40, shutil.get_terminal_size().columns - len(head))
     for row in rows:
-        tags = ', '.join(_tag(tag) for tag in row.tags)
         sizes = f'{row.input_size[-1]:6}  {row.params / 1e6:9.2f}  {row.macs / 1e9:7.3f}'
-        print(f'{row.name:{width}}  {sizes}  {tags}'.rstrip())
+        first, *more = textwrap.wrap('  '.join(_tag(tag) for tag in row.tags), room, break_long_words=False) or ['']
+        print(f'{row.name:{width}}  {sizes}  {first}'.replace('\xa0', ' ').rstrip())
+        for line in more:
+            print(' ' * len(head) + line.replace('\xa0', ' '))
 
 
 def _tag(tag: 'catalog.Tag') -> str:
-    best = f' {tag.accuracies[0].top1:.2f} ({tag.accuracies[0].img_size})' if tag.accuracies else ''
+    best = f'\xa0{tag.accuracies[0].top1:.2f}\xa0({tag.accuracies[0].img_size})' if tag.accuracies else ''
     return f'{tag.tag}{"*" if tag.default else ""}{best}'

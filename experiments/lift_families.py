@@ -1,29 +1,31 @@
-#!/usr/bin/env python
-"""Try `timm_senetv2.lift` on every family of timm that has SE layers, and write the table of which it works for.
+"""Try `timm_senetv2.lift` on every family of timm that has SE layers, and write which it works for.
 
 All models with SE, or with a relative of it, are built without memory and lifted; of each family the smallest one that
 lifts is also built with random weights and compared with itself from before the lift, on random images.
 
-    python scripts/lift_families.py
-    python scripts/lift_families.py --table    # print the table of the file again, as Markdown
+    python -m experiments.lift_families
+
+`python scripts/docs.py` brings the table into results/lift.md.
 """
 
 import argparse
 import copy
 import csv
-import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import timm
 import torch
-from _cli import UserError, run
-from _randomize import randomize
 from timm.data import resolve_model_data_config
 from tqdm import tqdm
 
 from timm_senetv2 import lift
-from timm_senetv2.checkpoints import SE_CLASSES
+from timm_senetv2.errors import UserError, did_you_mean, run
+from timm_senetv2.files import write_atomically
+from timm_senetv2.lifting import SE_CLASSES
 from timm_senetv2.registration import MODEL_MODULES
+
+from .randomize import randomize
 
 COLUMNS = (
     'family',
@@ -41,7 +43,7 @@ COLUMNS = (
 TOLERANCE = 1e-5  # in double: in single precision rounding alone differs by about as much in the deepest models
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         '--out',
@@ -51,8 +53,7 @@ def parse_args() -> argparse.Namespace:
         default=Path(__file__).parents[1] / 'results' / 'lift_families.csv',
     )
     parser.add_argument('--family', nargs='*', metavar='NAME', help='try only these modules of timm.models')
-    parser.add_argument('--table', action='store_true', help='try nothing, print the file as a Markdown table')
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def count(model: torch.nn.Module) -> int:
@@ -100,40 +101,18 @@ def compare(name: str) -> dict[str, str]:
     return dict(output_std=f'{outputs.std():.2f}', **figures)
 
 
-def markdown(rows: list[dict[str, str]]) -> str:
-    lines = [
-        '| Family in timm | With SE | Lifted | Compared | Output std | Largest difference: float32 | float64 '
-        '| Refused where |',
-        '|---|--:|--:|---|--:|--:|--:|---|',
-    ]
-    for row in rows:
-        compared = f'`{row["compared"]}`' if row['compared'] else ''
-        lines.append(
-            f'| `{row["family"]}` | {row["models_with_se"]} | {row["lifted"]} | {compared} '
-            f'| {row["output_std"]} | {row["max_difference_float32"]} | {row["max_difference_float64"]} '
-            f'| {row["why_refused"]} |'
-        )
-    return '\n'.join(lines)
-
-
-def main() -> None:
-    args = parse_args()
-    if not args.table:
-        families = args.family or [family for family in timm.list_modules() if family not in MODEL_MODULES]
-        unknown = [family for family in families if family not in timm.list_modules()]
-        if unknown:
-            raise UserError(f'timm has no module {unknown[0]!r}; its modules: {", ".join(timm.list_modules())}')
-        rows = [row for family in tqdm(families) if (row := try_family(family)) is not None]
-        temporary = args.out.with_suffix('.tmp')
-        with temporary.open('w', newline='') as f:
-            writer = csv.DictWriter(f, COLUMNS, lineterminator='\n')
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, args.out)
-    if not args.out.is_file():
-        raise UserError(f'{args.out} does not exist; run without --table to write it')
-    with args.out.open(newline='') as f:
-        print(markdown(list(csv.DictReader(f))))
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    families = args.family or [family for family in timm.list_modules() if family not in MODEL_MODULES]
+    unknown = [family for family in families if family not in timm.list_modules()]
+    if unknown:
+        raise UserError(f'timm has no module {unknown[0]!r}{did_you_mean(unknown[0], timm.list_modules())}')
+    rows = [row for family in tqdm(families) if (row := try_family(family)) is not None]
+    with write_atomically(args.out) as temporary, temporary.open('w', newline='') as f:
+        writer = csv.DictWriter(f, COLUMNS, lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f'wrote {args.out}')
 
 
 if __name__ == '__main__':
