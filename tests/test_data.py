@@ -5,6 +5,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import zlib
 from hashlib import md5
 from pathlib import Path
 
@@ -50,8 +51,8 @@ def write_fashion_mnist(folder: Path, compress: bool = True) -> dict[str, np.nda
 
 
 def write_images(folder: Path, counts: dict[str, int]) -> None:
-    rng = np.random.default_rng(len(str(folder)))
     for label, count in counts.items():
+        rng = np.random.default_rng(zlib.crc32(f'{folder.name}/{label}'.encode()))
         (folder / label).mkdir(parents=True)
         for i in range(count):
             Image.fromarray(rng.integers(256, size=(20, 24, 3), dtype=np.uint8)).save(folder / label / f'{i}.png')
