@@ -7,7 +7,9 @@ import re
 import sys
 import tarfile
 from collections import defaultdict
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from timm.data.readers import create_reader
 from tqdm import tqdm
@@ -35,7 +37,8 @@ class Source:
         try:
             if not self.is_tar:
                 refuse_loops(path)
-            self._reader = create_reader('', str(path), **(dict(cache_tarinfo=False) if self.is_tar else {}))
+            options: dict[str, Any] = dict(cache_tarinfo=False) if self.is_tar else {}
+            self._reader = create_reader('', str(path), **options)
         except (RuntimeError, ValueError):  # of the folder reader, of the tar reader
             raise UserError(f'{path} holds no images that timm reads') from None
         except (tarfile.TarError, EOFError, OSError) as e:
@@ -110,10 +113,7 @@ def choose(images: dict[str, dict[str, int]], per_class: int, seed: int) -> dict
     def rank(label: str, name: str) -> bytes:
         return hashlib.sha256(os.fsencode(f'{seed}/{label}/{name}')).digest()
 
-    return {
-        label: sorted(sorted(images[label], key=lambda name, label=label: rank(label, name))[:per_class])
-        for label in sorted(images)
-    }
+    return {label: sorted(sorted(images[label], key=partial(rank, label))[:per_class]) for label in sorted(images)}
 
 
 def claim(dst: Path, manifest: dict) -> None:

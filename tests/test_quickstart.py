@@ -1,4 +1,5 @@
 import csv
+import os
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import quickstart
+import reproduce
 import timm
 import torch
 from PIL import Image
@@ -213,3 +215,107 @@ def test_corrupt_image_is_named_and_nothing_is_left(folder, tmp_path):
             ]
         )
     assert [p.name for p in tmp_path.iterdir()] == ['images']
+
+
+def test_numbers_are_those_of_reproduce_py(digits_run, tmp_path):
+    """One training loop and one data path: the same settings give the same digits."""
+    reproduce.main(
+        ['--dataset', 'digits', '--batch-size', '64', '--epochs', '1', '--channels-last', '--device', 'cpu']
+        + ['--models', 'small_cnn', '--out', str(tmp_path / 'out')]
+    )
+    (expected,) = csv.DictReader((tmp_path / 'out' / 'curves.csv').open())
+    (row,) = csv.DictReader((digits_run[0] / 'results.csv').open())
+    assert float(row['test_accuracy']) == pytest.approx(float(expected['accuracy']), abs=0.3)  # threads may differ
+    assert float(row['train_loss']) == pytest.approx(float(expected['train_loss']), abs=1e-3)
+
+
+@pytest.mark.parametrize('name', [b'$a_{$', b'caf\xe9', b'two\nlines', '漢字'.encode()])
+def test_any_name_of_a_class_can_be_drawn_and_said(folder, tmp_path, name, capsys):
+    images = tmp_path / 'images'
+    shutil.copytree(folder, images)
+    os.rename(images / 'red', os.path.join(os.fsencode(images), name))
+    quickstart.main(
+        ['--dataset', str(images), '--models', 'small_cnn', '--epochs', '1', '--out', str(tmp_path / 'out')]
+    )
+    captured = capsys.readouterr()
+    assert 'could not be made' not in captured.err and 'quickstart.png' in captured.out
+    assert (tmp_path / 'out' / 'quickstart.png').stat().st_size > 10_000
+    model = timm.create_model(f'local-dir:{tmp_path / "out" / "small_cnn"}', pretrained=True)
+    assert len(model.pretrained_cfg['label_names']) == 2
+
+
+def test_a_picture_that_fails_costs_nothing_else(folder, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise ValueError('no font for this')
+
+    monkeypatch.setattr('experiments.quickstart.plot_quickstart', fail)
+    out = tmp_path / 'out'
+    quickstart.main(['--dataset', str(folder), '--models', 'small_cnn', '--epochs', '1', '--out', str(out)])
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1] == 'warning: quickstart.png could not be made: no font for this'
+    assert 'local-dir:' in captured.out and 'quickstart.png' not in captured.out
+    assert (out / 'results.csv').is_file() and (out / 'small_cnn' / 'model.safetensors').is_file()
+
+
+def test_a_closed_pipe_loses_nothing(folder, tmp_path):
+    args = ['--dataset', folder, '--models', 'small_cnn', 'small_secnn', '--epochs', '1', '--out', tmp_path / 'out']
+    process = subprocess.Popen([sys.executable, SCRIPT, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait() == 0, errors
+    assert b'Error' not in errors
+    assert {p.name for p in (tmp_path / 'out').iterdir()} == {
+        '.timm-senetv2.json',
+        'quickstart.png',
+        'results.csv',
+        'small_cnn',
+        'small_secnn',
+    }
+
+
+@pytest.mark.parametrize(
+    'make, says',
+    [
+        (lambda out: (out / 'results.csv').write_text('format,run\n'), 'was not written by quickstart.py'),
+        (lambda out: (out / 'thesis.tex').write_text('precious'), 'was not written by quickstart.py'),
+        (
+            lambda out: (out / '.timm-senetv2.json').write_text('{"tool": "reproduce.py"}'),
+            'was written by reproduce.py, not by quickstart.py',
+        ),
+    ],
+)
+def test_a_folder_that_this_script_did_not_write_is_not_replaced(folder, tmp_path, make, says):
+    out = tmp_path / 'out'
+    out.mkdir()
+    make(out)
+    for name in ('out.previous', 'out.unfinished'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'thesis.tex').write_text('precious')
+    before = snapshot(tmp_path)
+    with pytest.raises(UserError, match=says):
+        quickstart.main(['--dataset', str(folder), '--models', 'small_cnn', '--epochs', '1', '--out', str(out)])
+    assert snapshot(tmp_path) == before
+
+
+def test_a_file_of_the_users_in_our_folder_is_not_removed(digits_run, folder, tmp_path):
+    out = tmp_path / 'out'
+    shutil.copytree(digits_run[0], out)
+    (out / 'thesis.tex').write_text('precious')
+    before = snapshot(out)
+    with pytest.raises(UserError, match='holds thesis.tex, which quickstart.py did not write'):
+        quickstart.main(['--dataset', str(folder), '--models', 'small_cnn', '--epochs', '1', '--out', str(out)])
+    assert snapshot(out) == before
+
+
+def test_files_have_the_permissions_of_new_files(digits_run):
+    umask = os.umask(0)
+    os.umask(umask)
+    files = [p for p in digits_run[0].rglob('*') if p.is_file()]
+    assert files and {p.stat().st_mode & 0o777 for p in files} == {0o666 & ~umask}
+
+
+def test_the_root_and_a_looping_link_are_refused(folder, tmp_path):
+    (tmp_path / 'loop').symlink_to('loop')
+    for out in ('/', str(tmp_path / 'loop')):
+        with pytest.raises(UserError):
+            quickstart.main(['--dataset', str(folder), '--models', 'small_cnn', '--epochs', '1', '--out', out])

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shutil
 import signal
 import statistics
 import subprocess
@@ -28,7 +29,7 @@ from experiments import batches as batches_module
 from experiments import grid
 from experiments.batches import Batches, LoaderBatches, MemoryBatches
 from experiments.data import ArrayImages, load_dataset
-from experiments.files import RESULTS, owned, read_rows
+from experiments.files import RESULTS, owned, read_rows, write_csv
 from experiments.settings import Settings, make_settings, parse_specs
 from experiments.statistics import difference
 from experiments.tables import table
@@ -440,6 +441,15 @@ def test_table_and_plots_are_made_from_the_rows(finished):
         (['--weight-decay', 'nan'], '--weight-decay must be at least 0'),
         (['--weight-decay', 'inf'], '--weight-decay must be finite'),
         (['--image-size', '0'], '--image-size must be at least 1'),
+        (['--image-size', '100000'], '--image-size must be at most 4096'),
+        (['--crop-padding', '8'], '--crop-padding must be below the 8 pixels'),
+        (['--workers', '100000'], '--workers must be at most 256'),
+        (['--batch-size', '1000000000'], '--batch-size must be at most'),
+        (['--per-class', '0'], '--per-class must be at least 1'),
+        (['--per-class', '40'], '--per-class 40: class'),
+        (['--limit', '1'], 'has 1 training images'),
+        (['--out', '/'], 'is the root of the file system'),
+        (['--dataset', 'caf\udce9'], 'is not UTF-8'),
         (['--seeds', '0', '-1'], '--seeds must be at least 0'),
         (['--seeds', str(2**63)], '--seeds must be below'),
         (['--out', ''], '--out needs'),
@@ -475,6 +485,132 @@ def test_results_of_another_version_are_refused_and_kept(finished, tmp_path, nam
     with pytest.raises(UserError, match=f'{name} was .*version.*another --out'):
         reproduce.main([*SMALL, '--seeds', '0', '1', '--epochs', '3', '--out', str(tmp_path)])
     assert (tmp_path / name).read_bytes() == before
+
+
+@pytest.mark.parametrize('name', ['results.csv', 'curves.csv'])
+@pytest.mark.parametrize(
+    'column, value',
+    [
+        ('parameters', '104042.0'),
+        ('parameters', '0'),
+        ('parameters', '104043'),
+        ('accuracy', 'inf'),
+        ('accuracy', 'nan'),
+        ('accuracy', '101'),
+        ('accuracy', '11.0'),
+        ('best_accuracy', '99'),
+        ('best_epoch', '1.0'),
+        ('best_epoch', '0'),
+        ('best_epoch', '9'),
+        ('seed', '1.0'),
+        ('seed', '7'),
+        ('epoch', '0'),
+        ('epoch', '9'),
+        ('lr', '-1'),
+        ('gmacs', 'inf'),
+        ('model', 'small_secnn'),
+        ('run', 'mine'),
+        ('lr', '0.2'),
+        ('batch_size', '16.0'),
+        ('hflip', 'no'),
+    ],
+)
+def test_results_edited_by_hand_are_noticed_before_anything_is_trained(
+    finished, tmp_path, monkeypatch, name, column, value
+):
+    monkeypatch.setattr(grid, 'train', lambda *_: pytest.fail('trained'))
+    for file in ('results.csv', 'curves.csv'):
+        (tmp_path / file).write_bytes((finished / file).read_bytes())
+    with (tmp_path / name).open(newline='') as file:
+        lines = list(csv.DictReader(file))
+    if column not in lines[0] or (name, column, value) == ('curves.csv', 'lr', '0.2'):  # the rate of one epoch is free
+        pytest.skip(f'{name} has no such column')
+    lines[0][column] = value
+    write_csv(tmp_path / name, list(lines[0]), lines)
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(UserError, match=r'edited|contradict|lacks runs|parameters'):
+        reproduce.main([*SMALL, '--seeds', '0', '1', '2', '--epochs', '3', '--out', str(tmp_path)])
+    assert (tmp_path / name).read_bytes() == before
+
+
+def test_classes_added_to_a_folder_after_a_kill_are_noticed(folder, tmp_path, monkeypatch):
+    arguments = ['--dataset', str(folder), '--image-size', '8', '--epochs', '2', '--workers', '0', '--device', 'cpu']
+    arguments += ['--models', 'small_cnn', '--out', str(tmp_path / 'out')]
+    save = CheckpointSaver.save_checkpoint
+
+    def interrupted(saver, epoch, metric):
+        save(saver, epoch, metric)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CheckpointSaver, 'save_checkpoint', interrupted)
+        reproduce.main(arguments)
+    for split in ('train', 'val'):
+        (folder / split / 'cow').mkdir()
+        image = np.random.default_rng(len(split)).integers(256, size=(12, 14, 3), dtype=np.uint8)
+        Image.fromarray(image).save(folder / split / 'cow' / '0.png')
+    with pytest.raises(UserError, match='have changed since the training in .* began'):
+        reproduce.main(arguments)
+    for split in ('train', 'val'):
+        (folder / split / 'cow' / '0.png').unlink()
+        (folder / split / 'cow').rmdir()
+    reproduce.main(arguments)
+    assert len(rows(tmp_path / 'out', 'curves.csv')) == 2
+    for split in ('train', 'val'):
+        (folder / split / 'cow').mkdir()
+        image = np.random.default_rng(len(split)).integers(256, size=(12, 14, 3), dtype=np.uint8)
+        Image.fromarray(image).save(folder / split / 'cow' / '0.png')
+    with pytest.raises(UserError, match='the classes of .* have changed'):
+        reproduce.main(arguments)
+
+
+def test_a_recorded_command_with_an_old_name_finds_its_rows(tmp_path, monkeypatch):
+    committed = Path(__file__).parents[1] / 'results' / 'runs' / 'digits_attention'
+    shutil.copytree(committed, tmp_path / 'copy')
+    monkeypatch.setattr(grid, 'train', lambda *_: pytest.fail('trained again'))
+    with (committed / 'results.csv').open(newline='') as file:
+        command = next(csv.DictReader(file))['command']
+    assert ' cifar_senetv2_resnet20 ' in command
+    arguments = command.replace(' cifar_senetv2_resnet20 ', ' senetv2_resnet20 ').split()[2:]
+    arguments[arguments.index('--out') + 1] = str(tmp_path / 'copy')
+    reproduce.main([*arguments, '--device', 'cpu'])
+    for name in ('results.csv', 'curves.csv', 'table.md'):
+        assert (tmp_path / 'copy' / name).read_bytes() == (committed / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    'make, says',
+    [
+        (lambda out: (out / 'table.md').write_text('precious'), 'holds files that reproduce.py did not write'),
+        (
+            lambda out: (out / '.timm-senetv2.json').write_text('{"tool": "quickstart.py"}'),
+            'is a folder of quickstart.py',
+        ),
+        (lambda out: (out / '.timm-senetv2.json').write_text('{'), 'has a damaged'),
+        (lambda out: (out / 'runs').write_text('precious'), 'did not write|cannot be'),
+    ],
+)
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path, make, says):
+    out = tmp_path / 'out'
+    out.mkdir()
+    make(out)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    with pytest.raises(UserError, match=says):
+        reproduce.main([*SMALL, '--out', str(out)])
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+def test_new_runs_go_into_a_file_with_the_columns_of_an_earlier_version(tmp_path):
+    """Those of the committed runs: what was measured of them stays, and new ones leave it empty."""
+    committed = Path(__file__).parents[1] / 'results' / 'runs' / 'digits_small_cnn'
+    shutil.copytree(committed, tmp_path / 'copy')
+    with (committed / 'results.csv').open(newline='') as file:
+        before = list(csv.DictReader(file))
+    reproduce.main([*SMALL, '--epochs', '1', '--out', str(tmp_path / 'copy')])
+    with (tmp_path / 'copy' / 'results.csv').open(newline='') as file:
+        after = list(csv.DictReader(file))
+    assert after[: len(before)] == before and len(after) == len(before) + 2
+    assert before[0]['peak_memory_mib'] and not after[-1]['peak_memory_mib'] and 'init' not in after[0]
 
 
 def test_results_without_their_curves_are_refused(finished, tmp_path):
