@@ -166,6 +166,21 @@ def families() -> str:
     return '\n'.join(lines)
 
 
+def attention() -> str:
+    """Kinds of models made of ResNet's blocks, and whether attention can be added to them."""
+    lines = [
+        '| Family | Models | Without attention | Added | Compared | Equal: inference | training | Refused where |',
+        '|---|---|--:|--:|---|---|---|---|',
+    ]
+    for row in read(RESULTS / 'attention_families.csv'):
+        compared = f'`{row["compared"]}`' if row['compared'] else ''
+        lines.append(
+            f'| `{row["family"]}` | `{row["models"]}` | {row["without_attention"]} | {row["added"]} | {compared} '
+            f'| {row["equal_in_inference"]} | {row["equal_in_training"]} | {row["why_refused"]} |'
+        )
+    return '\n'.join(lines)
+
+
 @cache
 def _benchmark(name: str) -> list[dict[str, str]]:
     return read(RESULTS / f'benchmark_{name}.csv')
@@ -207,5 +222,6 @@ def weights() -> str:
 
 
 GENERATORS: dict[str, Callable[..., str]] = {
-    generator.__name__: generator for generator in (families, imports, models, runs, speed, summary, tags, weights)
+    generator.__name__: generator
+    for generator in (attention, families, imports, models, runs, speed, summary, tags, weights)
 }
