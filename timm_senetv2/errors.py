@@ -99,7 +99,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     closed pipe behind stdout or stderr does not end the run.
     """
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Stream(sys.stdout), _Stream(sys.stderr)
+    nowhere = open(os.devnull, 'w')  # in place of a stream that was closed before the start: that one is None
+    sys.stdout, sys.stderr = _Stream(sys.stdout or nowhere), _Stream(sys.stderr or nowhere)
     try:
         code = _main_code(main)
     finally:
