@@ -10,7 +10,7 @@ model against all of them. Where results/benchmark_cuda.csv has the model and th
 import csv
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 from timm.layers import SEModule
@@ -114,7 +114,8 @@ def images_per_second(name: str, gpu: Gpu, compiled: bool = False, model_args: d
         model_args: Options of the model.
     """
     model = timm.create_model(name, device='meta', **(model_args or {}))
-    profile = count(model, (3, *model.pretrained_cfg['input_size'][1:]))
+    _, height, width = cast(dict[str, Any], model.pretrained_cfg)['input_size']
+    profile = count(model, (3, height, width))
     attention = any(isinstance(m, SEModule | SqueezeAggregatedExcitation) for m in model.modules())
     passes = PASSES_WITH_ATTENTION if attention and not compiled else PASSES
     memory = gpu.bandwidth / (profile.activations * BYTES * passes)
