@@ -1,7 +1,7 @@
 """Make the SENetV2 paper's reduced ImageNet: the same number of training images for every class, without copies.
 
     python scripts/make_imagenet_subset.py imagenet imagenet-250 --per-class 250 --seed 0
-    python scripts/train.py --data-dir imagenet-250 --model senetv2_resnet50 ...
+    timm-senetv2 train --data-dir imagenet-250 --model senetv2_resnet50 ...
 
 SRC is a folder with train/ (and validation/ or val/, which is linked as it is), a folder with a folder for each class,
 or a tar that timm reads: of class folders, or of one tar a class as ImageNet's own ILSVRC2012_img_train.tar. DST gets
