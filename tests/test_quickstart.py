@@ -319,3 +319,12 @@ def test_the_root_and_a_looping_link_are_refused(folder, tmp_path):
     for out in ('/', str(tmp_path / 'loop')):
         with pytest.raises(UserError):
             quickstart.main(['--dataset', str(folder), '--models', 'small_cnn', '--epochs', '1', '--out', out])
+
+
+def test_a_missing_package_is_one_line_before_anything_is_done(tmp_path):
+    done = subprocess.run(
+        [sys.executable, '-S', SCRIPT, '--out', tmp_path / 'out'], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    assert done.stderr.startswith('error: ') and len(done.stderr.splitlines()) == 1
+    assert 'pip install -e ".[experiments]"' in done.stderr

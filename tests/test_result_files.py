@@ -22,6 +22,7 @@ from experiments.settings import (
 )
 from experiments.statistics import difference
 from experiments.tables import caption, table
+from experiments.warm_start import build
 from timm_senetv2.errors import UserError
 
 COMMITTED = Path(__file__).parents[1] / 'results' / 'runs' / 'digits_small_cnn'
@@ -154,8 +155,8 @@ def test_a_difference_is_antisymmetric_and_inside_its_interval(a, b):
         assert one.low == pytest.approx(-other.high, abs=1e-6)
 
 
-def test_every_committed_run_has_the_name_of_its_model_seed_and_settings():
-    count = 0
+def test_every_committed_run_has_the_name_and_the_parameters_of_its_model_seed_and_settings():
+    count, built = 0, {}
     for path in COMMITTED.parent.glob('*/results.csv'):
         if path.parent.name == 'quickstart':
             continue
@@ -164,5 +165,9 @@ def test_every_committed_run_has_the_name_of_its_model_seed_and_settings():
             chosen = settings_from_text(row)
             assert isinstance(chosen, Settings)
             assert run_id(str(spec), int(row['seed']), chosen) == row['run']
+            if spec not in built:
+                model = build(spec, 10, shapes_only=True)
+                built[spec] = sum(p.numel() for p in model.parameters())
+            assert built[spec] == int(row['parameters'])
             count += 1
     assert count >= 200
