@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save, save_file
 from timm.models import get_pretrained_cfg
 
 from timm_senetv2 import hub
+from timm_senetv2.commands import main
 from timm_senetv2.errors import UserError
 from timm_senetv2.files import MARK
+from timm_senetv2.hub.retry import attempt
 
 TOKEN, READER = 'hf_sentinelWRITE', 'hf_sentinelREAD'
 COMMIT, PUT = r'/api/models/me/x/commit/', r'/lfs/upload/'
@@ -313,6 +315,128 @@ def test_no_error_holds_the_token_even_where_the_hub_repeats_it(server, push):
     assert caught.value.__cause__ is None and caught.value.__context__ is None
 
 
+# Safe hands
+
+
+def test_private_push_to_a_public_repository_is_refused_before_anything_is_sent(server, push):
+    public = server.add_repo('me/x', {'README.md': b'mine'})
+    before = dict(public.commits)
+    with pytest.raises(UserError, match='there already, and public: nothing was sent'):
+        push(private=True)
+    assert public.commits == before and not public.private
+    assert {method for method, _ in server.requests} == {'GET'}
+
+
+def test_private_push_to_a_private_repository_of_ours_goes_on(server, push, folder):
+    push(private=True)
+    server.model('me/x').commit({}, 'main', server.model('me/x').refs['main'])
+    assert push(private=True).new
+    assert pushed_files(server.model('me/x')) == contents(folder)
+
+
+@pytest.mark.parametrize('body', [b'{}', b'[]', b'null', b'7', b'"x"', b'no json', b'\xff\xfe', b'', b'{"id": []}'])
+@pytest.mark.parametrize(
+    'method, path',
+    [
+        ('GET', '/whoami-v2'),
+        ('POST', '/repos/create'),
+        ('GET', r'/api/models/me/x/revision'),
+        ('POST', '/preupload/'),
+        ('POST', '/objects/batch'),
+        ('POST', COMMIT),
+    ],
+)
+def test_answer_that_makes_no_sense_is_one_line_or_harmless(server, push, folder, method, path, body):
+    server.fault(method, path, times=10**6, edit=lambda _: body)
+    try:
+        push(attempts=2)
+    except UserError as e:
+        assert '\n' not in str(e) and 'could not' in str(e)
+    server.faults.clear()
+    push()
+    assert pushed_files(server.model('me/x')) == contents(folder)
+
+
+@pytest.mark.parametrize(
+    'asked, waited',
+    [
+        ('7', 7),
+        ('\u00b2', 2),  # a digit, and no number
+        ('-5', 2),
+        ('9' * 400, 60),
+        ('soon', 2),
+        ('Fri, 31 Dec 2100 23:59:59 GMT', 60),
+        ('Fri, 31 Dec 1999 23:59:59 GMT', 2),
+        ('Fri, 99 Dec 1999', 2),
+    ],
+)
+def test_wish_for_a_later_try_is_obeyed_within_reason(monkeypatch, naps, asked, waited):
+    answer = huggingface_hub.errors.HfHubHTTPError('busy', response=Answer(429, {'Retry-After': asked}))
+    tries = [answer, None]
+
+    def action():
+        if error := tries.pop(0):
+            raise error
+
+    attempt('try', action)
+    assert naps == [waited]
+
+
+class Answer:
+    """As much of a response as an error of huggingface_hub needs."""
+
+    request = None
+    text = ''
+
+    def __init__(self, status_code: int, headers: dict[str, str]) -> None:
+        self.status_code, self.headers = status_code, headers
+
+
+@pytest.mark.parametrize(
+    'repo_id, revision',
+    [
+        ('x', 'main'),
+        ('me/x/y', 'main'),
+        ('me/--x', 'main'),
+        ('me/x\n', 'main'),
+        ('../x', 'main'),
+        ('me/x', ''),
+        ('me/x', 'a b'),
+        ('me/x', '../../main'),
+        ('me/x', 'a..b'),
+        ('me/x', '-v'),
+        ('me/x', 'x.lock'),
+        ('me/x', 'a\x1b[2J'),
+    ],
+)
+def test_names_are_checked_in_dry_runs_too(tmp_path, capsys, repo_id, revision):
+    command = ['push', '--model', 'cifar_resnet20', '--pretrained', 'fmnist', f'--repo-id={repo_id}']
+    with pytest.raises(SystemExit) as done:
+        main([*command, f'--revision={revision}', '--dry-run', str(tmp_path / 'out')])
+    err = capsys.readouterr().err
+    assert done.value.code == 2 and err.startswith('error: ') and err.count('\n') == 1 and err[:-1].isprintable()
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_replaces_its_own_folder_and_no_other(tmp_path, capsys):
+    def dry_run(folder):
+        command = ['push', '--model', 'cifar_resnet20', '--pretrained', 'fmnist', '--repo-id', 'me/x']
+        with pytest.raises(SystemExit) as done:
+            main([*command, '--dry-run', str(folder)])
+        return done.value.code, capsys.readouterr().err
+
+    clone = tmp_path / 'clone'
+    clone.mkdir()
+    (clone / 'README.md').write_text('mine')
+    code, err = dry_run(clone)
+    assert code == 2 and 'was not written by push' in err and err.count('\n') == 1
+    assert (clone / 'README.md').read_text() == 'mine' and len(list(clone.iterdir())) == 1
+    assert [dry_run(tmp_path / 'out')[0] for _ in range(2)] == [None, None]
+    (tmp_path / 'out' / 'README.md').write_text('edited')
+    code, err = dry_run(tmp_path / 'out')
+    assert code == 2 and 'its README.md was changed' in err
+
+
 # Loading what was pushed
 
 
@@ -436,6 +560,14 @@ def _without(state, key):
         (lambda s: [s], {}, 'holds no state dict but a list'),
         (lambda s: {'epoch': 3}, {}, 'no state dict; its keys are epoch'),
         (lambda s: {}, {}, 'no state dict'),
+        (lambda s: {**s, 'a\nerror: b': torch.ones(1)}, {}, r'a\\nerror: b \(1,\) is in the file only'),
+        (lambda s: {**s, 3: torch.ones(1)}, {}, 'its key 3 is not a name'),
+        (lambda s: {**s, 'fc.bias': torch.ones(10).to_sparse()}, {}, 'is a sparse tensor'),
+        (lambda s: {**s, 'fc.bias': torch.ones(10, device='meta')}, {}, 'has no values'),
+        (lambda s: {**s, 'fc.bias': torch.ones(1).expand(10**6, 10**6)}, {}, 'fewer values than that'),
+        (lambda s: {**s, 'fc.bias': torch.ones(2**40, 0)}, {}, 'fc.bias has the shape'),
+        (lambda s: {**s, 'fc.bias': torch.ones(10, dtype=torch.int64)}, {}, 'holds int64 where float32 belongs'),
+        (lambda s: {**s, 'fc.bias': torch.full((10,), 1e300, dtype=torch.float64)}, {}, 'fc.bias holds NaN or inf'),
     ],
 )
 def test_build_refuses_a_checkpoint_that_does_not_fit(trained, tmp_path, change, kwargs, says):
@@ -635,6 +767,22 @@ def test_card_takes_command_and_hyperparameters_from_a_table(model, tmp_path):
 @pytest.mark.parametrize(
     'old, new, says',
     [
+        ('license: mit', 'license: "mit\\nlibrary_name: x"', 'is not the id of a licence'),
+        ('license: mit', 'labels: [1, 2]', 'labels.0: Input should be a valid string'),
+        ('license: mit', 'labels: [a, {b: c}]', 'labels.1: Input should be a valid string'),
+        ('license: mit', 'labels: [a, a]', "labels: 'a' stands there twice"),
+        ('license: mit', 'data_config: {std: [0, 0, 0]}', 'data_config.std.*greater than 0'),
+        ('license: mit', 'data_config: {crop_pct: abc}', 'data_config.crop_pct: Input should be a valid number'),
+        ('license: mit', 'data_config: {crop: 1}', 'data_config.crop: there is no such fact; these are: input_size'),
+        ('license: mit', 'data_config: {mean: [.nan]}', 'data_config.mean.*finite'),
+        ('license: mit', 'license: mit\nlicense: gpl', "'license' stands there twice"),
+        ('license: mit', 'license: 3', 'license: Input should be a valid string'),
+        ('license: mit', 'folder: x', 'folder'),
+        ('limits: Only for clothes.', 'limits: &a [*a]', 'aliases are not allowed'),
+        ('limits: Only for clothes.', f'limits: {"[" * 5000}', 'nested too deeply'),
+        ('table.csv', 'nan.csv', "holds 'nan' as top1, not a finite number"),
+        ('table.csv', 'latin.csv', 'not a csv file in UTF-8'),
+        ('table.csv', 'short.csv', 'rows with more or fewer values than columns'),
         ('summary: A', 'sumary: A', 'sumary: there is no such fact; these are: summary,'),
         ('[fashion_mnist]', 'fashion_mnist', 'datasets: Input should be a valid list'),
         ('    split: test\n', '', r'results.0.split: Field required'),
@@ -652,9 +800,40 @@ def test_wrong_facts_are_one_clear_line(model, tmp_path, old, new, says):
     assert old in FACTS
     (tmp_path / 'facts.yaml').write_text(FACTS.replace(old, new))
     (tmp_path / 'table.csv').write_text('model,seed,top1\nsmall_saecnn,3,91.25\n')
+    (tmp_path / 'nan.csv').write_text('model,seed,top1\nsmall_saecnn,3,nan\n')
+    (tmp_path / 'latin.csv').write_bytes(b'model,seed,top1\nsmall_saecnn,3,\xe9\n')
+    (tmp_path / 'short.csv').write_text('model,seed,top1\nsmall_saecnn,3\n')
     with pytest.raises(UserError, match=says) as caught:
         hub.render_card(model, 'me/x', hub.load_facts(tmp_path / 'facts.yaml'))
     assert '\n' not in str(caught.value)
+
+
+def test_figures_may_stand_in_the_card_file_itself(model, tmp_path):
+    (tmp_path / 'facts.yaml').write_text(
+        'results: [{metrics: {Top-1 accuracy: 91.5}, dataset: me/set, dataset_name: A set, split: test}]'
+    )
+    card = hub.render_card(model, 'me/x', hub.load_facts(tmp_path / 'facts.yaml'))
+    assert '| Top-1 accuracy | 91.5 |' in card.text and 'From' not in card.text
+    for wrong in ('top1', '.nan', '.inf', 'true'):
+        text = (tmp_path / 'facts.yaml').read_text().replace('91.5', wrong)
+        (tmp_path / 'wrong.yaml').write_text(text)
+        with pytest.raises(UserError, match='results.0'):
+            hub.load_facts(tmp_path / 'wrong.yaml')
+
+
+def test_config_has_the_number_of_classes_once_and_timm_takes_it_and_another(tmp_path):
+    torch.manual_seed(3)
+    given = timm.create_model('cifar_senetv2_resnet20', num_classes=7, sae_cardinality=2)
+    save_file(given.state_dict(), tmp_path / 'w.safetensors')
+    model = hub.build('cifar_senetv2_resnet20', checkpoint=tmp_path / 'w.safetensors', sae_cardinality=2)
+    config = written_config(model, tmp_path / 'x', hub.Facts())
+    assert config['num_classes'] == 7 and 'num_classes' not in config['model_args']
+    # transformers' TimmWrapper passes both
+    timm.create_model(config['architecture'], num_classes=config['num_classes'], **config['model_args'])
+    loaded = timm.create_model(f'local-dir:{tmp_path / "x"}', pretrained=True)
+    assert torch.equal(logits(loaded), logits(given))
+    assert loaded.layer1[0].se.cardinality == 2
+    assert timm.create_model(f'local-dir:{tmp_path / "x"}', pretrained=True, num_classes=3).fc.out_features == 3
 
 
 def test_classes_get_imagenets_names_only_where_the_facts_say_imagenet(tmp_path):

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -71,6 +72,7 @@ class Fault:
     drop: close the connection 'before' the request is read, 'during' (half of its body read) or 'after' it was done.
     edit: reply with the edited body in place of the right one, under the right headers.
     cut: promise the whole body, send half of it, close the connection.
+    trickle: seconds to wait after each byte of the body.
     """
 
     method: str
@@ -81,6 +83,7 @@ class Fault:
     drop: str | None = None
     edit: Callable[[bytes], bytes] | None = None
     cut: bool = False
+    trickle: float = 0
     hits: int = 0
 
 
@@ -236,6 +239,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header('Content-Length', str(len(body)))
         self.end_headers()
         if self.command != 'HEAD':
+            if fault is not None and fault.trickle:
+                for byte in body:
+                    self.wfile.write(bytes([byte]))
+                    self.wfile.flush()
+                    time.sleep(fault.trickle)
+                return
             cut = fault is not None and fault.cut
             self.wfile.write(body[: len(body) // 2] if cut else body)
             if cut:

@@ -171,8 +171,9 @@ def load_facts(path: str | Path) -> Facts:
 
 
 def _explain(error: ValidationError) -> str:
-    """The first thing that is wrong, and how many more there are."""
-    first = error.errors()[0]
+    """The first thing that is wrong; of what was tried for one value, the most precise."""
+    found = error.errors()
+    first = max((e for e in found if e['loc'][:1] == found[0]['loc'][:1]), key=lambda e: len(e['loc']))
     # of a union the type that was tried stands in the path too, such as `dict[...]` or `str`
     where = [
         printable(part, limit=60) for part in first['loc'] if not re.search(r'\W|^(str|int|float|bool)$', str(part))
@@ -180,8 +181,7 @@ def _explain(error: ValidationError) -> str:
     says = printable(first['msg'].removeprefix('Value error, '))
     if first['type'] == 'extra_forbidden':
         says = 'there is no such fact; these are: ' + ', '.join(_keys_at(first['loc']))
-    more = error.error_count() - 1
-    return f'{".".join(where) or "the facts"}: {says}' + (f' (and {more} more)' if more else '')
+    return f'{".".join(where) or "the facts"}: {says}'
 
 
 def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
@@ -195,11 +195,12 @@ class _Loader(yaml.SafeLoader):
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
         if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, 'aliases are not allowed', self.peek_event().start_mark)
+            raise yaml.composer.ComposerError(None, None, 'aliases are not allowed', mark)
         self.depth += 1
         if self.depth > _DEEPEST:
-            raise yaml.composer.ComposerError(None, None, 'it is nested too deeply', self.peek_event().start_mark)
+            raise yaml.composer.ComposerError(None, None, 'it is nested too deeply', mark)
         try:
             return super().compose_node(parent, index)
         finally:
