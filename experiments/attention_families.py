@@ -12,6 +12,7 @@ import copy
 import csv
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 from tqdm import tqdm
 
-from timm_senetv2 import add_attention
+from timm_senetv2 import SqueezeAggregatedExcitation, add_attention
 from timm_senetv2.errors import UserError, did_you_mean, run
 from timm_senetv2.files import write_atomically
 from timm_senetv2.lifting import BLOCK_CLASSES
@@ -69,10 +70,10 @@ def builders(family: str) -> Iterator[tuple[str, Build]]:
     if family in TORCHVISION:
         # those by name: some of the others cannot be built without memory
         for name in torchvision.models.list_models(module=TORCHVISION[family], include='*resne*'):
-            yield name, lambda name=name: torchvision.models.get_model(name, weights=None)
+            yield name, partial(torchvision.models.get_model, name, weights=None)
     else:
         for name in timm.list_models(module=family):
-            yield name, lambda name=name: timm.create_model(name)
+            yield name, partial(timm.create_model, name)
 
 
 def count(model: nn.Module) -> int:
@@ -130,9 +131,9 @@ def compare(name: str, build: Build) -> dict[str, str]:
     outputs = before(images)
     in_inference = torch.equal(after(images), outputs)
     active = copy.deepcopy(after)
-    for block in active.modules():
-        if isinstance(block, BLOCK_CLASSES):
-            nn.init.ones_(block.se.fc2.bias)
+    for layer in active.modules():
+        if isinstance(layer, SqueezeAggregatedExcitation):
+            nn.init.ones_(layer.fc2.bias)
     if (active(images) - outputs).abs().max() < 0.01 * outputs.std():
         raise UserError(f'{name}: its outputs do not depend on the attention, so the comparison shows nothing')
     trained = []
