@@ -116,22 +116,34 @@ def models() -> str:
 
 
 def summary(device: str) -> str:
-    """The models a newcomer looks for: size, accuracy of the default weights, speed beside timm's models."""
+    """The models a newcomer looks for: size, accuracy of the default weights, and speed where it was measured."""
     rows = [row for row in _benchmark(device) if row['experiment'].startswith(BESIDE)]
     speeds = {(row['contestant'], row['baseline']): float(row['ratio']) for row in rows}
-    lines = [
-        '| Model | Parameters | GMACs | ImageNet-1k top-1, % (pixels) | Speed / plain | Speed / SE |',
-        '|---|--:|--:|--:|--:|--:|',
-    ]
+    heads = ['Model', 'Parameters', 'GMACs', 'ImageNet-1k top-1, % (pixels)']
+    heads += ['Speed / plain', 'Speed / SE'] if speeds else []
+    lines = [f'| {" | ".join(heads)} |', '|---|' + '--:|' * (len(heads) - 1)]
     for model in sorted(_models(), key=lambda model: model.input_size[-1] < 100):  # large images first
         published = [tag.accuracies for tag in model.tags if tag.default and tag.accuracies]
         if model.name not in TRIOS and not published:
             continue
-        beside = TRIOS.get(model.name, ())
-        speed = [f'{speeds[model.name, b]:.2f}' if (model.name, b) in speeds else '' for b in beside] or ['', '']
-        cells = [f'{_digits(model.params / 1e6)} M', _digits(model.macs / 1e9)]
-        lines.append(f'| `{model.name}` | {" | ".join([*cells, _top1(published[0]) if published else "", *speed])} |')
-    return '\n'.join(lines)
+        cells = [f'`{model.name}`', f'{_digits(model.params / 1e6)} M', _digits(model.macs / 1e9)]
+        cells.append(_top1(published[0]) if published else '')
+        if speeds:
+            beside = TRIOS.get(model.name, ('', ''))
+            cells += [f'{speeds[model.name, b]:.2f}' if (model.name, b) in speeds else '' for b in beside]
+        lines.append(f'| {" | ".join(cells)} |')
+    caption = (
+        'GMACs are billions of multiply-adds of one image. The accuracy is that of the weights that `pretrained=True` '
+        "loads, from timm's results table."
+    )
+    if speeds:
+        first = rows[0]
+        caption += (
+            f' Speed is throughput in {first["runtime"]} inference ({first["machine"]}, {first["dtype"]}), as a ratio to '
+            "timm's model without attention and to timm's model with SE: above 1 is faster. Where nothing stands, "
+            'nothing was measured.'
+        )
+    return '\n'.join([*lines, '', caption])
 
 
 def tags() -> str:
@@ -162,6 +174,21 @@ def families() -> str:
             f'| `{row["family"]}` | {row["models_with_se"]} | {row["lifted"]} | {compared} '
             f'| {row["output_std"]} | {row["max_difference_float32"]} | {row["max_difference_float64"]} '
             f'| {row["why_refused"]} |'
+        )
+    return '\n'.join(lines)
+
+
+def attention() -> str:
+    """Kinds of models made of ResNet's blocks, and whether attention can be added to them."""
+    lines = [
+        '| Family | Models | Without attention | Added | Compared | Equal: inference | training | Refused where |',
+        '|---|---|--:|--:|---|---|---|---|',
+    ]
+    for row in read(RESULTS / 'attention_families.csv'):
+        compared = f'`{row["compared"]}`' if row['compared'] else ''
+        lines.append(
+            f'| `{row["family"]}` | `{row["models"]}` | {row["without_attention"]} | {row["added"]} | {compared} '
+            f'| {row["equal_in_inference"]} | {row["equal_in_training"]} | {row["why_refused"]} |'
         )
     return '\n'.join(lines)
 
@@ -207,5 +234,6 @@ def weights() -> str:
 
 
 GENERATORS: dict[str, Callable[..., str]] = {
-    generator.__name__: generator for generator in (families, imports, models, runs, speed, summary, tags, weights)
+    generator.__name__: generator
+    for generator in (attention, families, imports, models, runs, speed, summary, tags, weights)
 }

@@ -225,7 +225,8 @@ def tie_the_memory(model: nn.Module) -> None:
 def replace_forward(name: str):
     def alter(model: nn.Module) -> None:
         module = model.get_submodule(name)
-        module.forward = module.forward
+        forward = module.forward
+        module.forward = lambda x: forward(x)
 
     return alter
 
@@ -322,6 +323,11 @@ def test_failure_in_the_middle_leaves_the_model_unchanged(build, monkeypatch):
     for name, tensor in before.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
     model.eval()(images(1))
+
+
+def test_name_in_place_of_a_model_is_refused():
+    with pytest.raises(ValueError, match="model must be a torch.nn.Module, .* got 'resnet18'"):
+        add_attention('resnet18')
 
 
 @pytest.mark.parametrize('options', [dict(reduction=0), dict(cardinality=True)])

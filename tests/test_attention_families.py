@@ -39,7 +39,7 @@ def test_attention_that_changes_one_bit_fails_the_command(monkeypatch, capsys, t
 
 def test_unknown_family_is_refused(capsys, tmp_path):
     assert call('--family', 'resnt', '--out', tmp_path / 'table.csv') == 2
-    assert "there is no family 'resnt'; did you mean resnet?" in capsys.readouterr().err
+    assert "there is no family 'resnt'; did you mean resnet" in capsys.readouterr().err
 
 
 def test_published_table_is_of_this_command():

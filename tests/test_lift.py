@@ -265,6 +265,18 @@ def test_prelu_with_one_slope_is_carried():
     assert len(slopes) == len([m for m in source.modules() if isinstance(m, nn.PReLU)])
 
 
+def test_hooks_of_accelerate_that_were_removed_are_no_obstacle():
+    hooks = pytest.importorskip('accelerate.hooks')
+    se = SEModule(16)
+    for module in (se, se.fc1, se.act):
+        hooks.add_hook_to_module(module, hooks.ModelHook())
+    with pytest.raises(ValueError, match='has a forward that is not of its class'):
+        lift(se)
+    hooks.remove_hook_from_module(se, recurse=True)
+    x = torch.randn(2, 16, 3, 3)
+    torch.testing.assert_close(lift(se)(x), se(x))
+
+
 def test_parts_in_different_modes_keep_them():
     se = SEModule(16)
     se.fc1.eval()
@@ -301,6 +313,11 @@ def test_unusual_attention_is_refused_and_the_model_unchanged(model, reason):
     with pytest.raises(ValueError, match=reason):
         lift(model)
     assert dict(model.named_modules()) == before
+
+
+def test_name_in_place_of_a_model_is_refused():
+    with pytest.raises(ValueError, match="model must be a torch.nn.Module, .* got 'seresnet18'"):
+        lift('seresnet18')
 
 
 @pytest.mark.parametrize('options', [dict(reduction=0), dict(cardinality=0), dict(cardinality=2.5)])

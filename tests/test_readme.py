@@ -30,7 +30,7 @@ COMMANDS = sorted(
         for page in PAGES
         for block in blocks(page, 'bash')
         for command in block.replace('\\\n', ' ').splitlines()
-        if any(launcher in command for launcher in LAUNCHERS) and not command.startswith('#')
+        if any(launcher in command for launcher in LAUNCHERS) and not command.startswith(('#', 'pip '))
     }
 )
 

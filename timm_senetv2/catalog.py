@@ -1,10 +1,12 @@
 """The models of this package as rows: sizes, and the tags of their pretrained weights with their accuracies."""
 
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import timm
 from timm.models import get_pretrained_cfg, model_entrypoint, split_model_name_tag
+from torch import nn
 
 from . import register
 from .profile import count
@@ -71,18 +73,31 @@ def as_json(row: Model) -> dict[str, Any]:
     }
 
 
+def config_of(model: nn.Module) -> Mapping[str, Any]:
+    """timm's config of a model: architecture, tag, where its weights come from, preprocessing."""
+    config: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]  # torch: Tensor | Module
+    return config
+
+
+def classes_of(model: nn.Module) -> int:
+    """The number of classes of one of timm's models."""
+    return int(model.num_classes)  # type: ignore[arg-type]  # torch: Tensor | Module
+
+
 def _model(name: str) -> Model:
     model = timm.create_model(name, device='meta')
-    size = model.pretrained_cfg['input_size']
+    size = config_of(model)['input_size']
     profile = count(model, size)
     default, rows = default_tag(name), []
     for tag in tags(name):
         cfg = get_pretrained_cfg(f'{name}.{tag}')
-        source = sources().get(cfg.hf_hub_id)
+        if cfg is None:
+            continue
+        source = sources().get(cfg.hf_hub_id or '')
         licence = cfg.license or (source.license if source else None)
         rows.append(Tag(tag, tag == default, cfg.hf_hub_id, licence, source.accuracies if source else ()))
     module = model_entrypoint(name).__module__.rpartition('.')[2]
-    return Model(name, module, tuple(size), model.num_classes, profile.params, profile.macs, tuple(rows))
+    return Model(name, module, tuple(size), classes_of(model), profile.params, profile.macs, tuple(rows))
 
 
 def _natural(name: str) -> list[str | int]:

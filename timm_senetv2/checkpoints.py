@@ -93,7 +93,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, source: str) -> None:
     Raises:
         UserError: Weights that do not fit, or are not finite; names the first on each side.
     """
-    name = model.pretrained_cfg['architecture']  # type: ignore[index, union-attr]
+    name = model.pretrained_cfg['architecture']  # type: ignore[index]  # torch: Tensor | Module
     shown = printable(source)
     own = model.state_dict()
     try:

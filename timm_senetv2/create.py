@@ -4,7 +4,7 @@ import inspect
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, get_type_hints
 
 import timm
@@ -127,7 +127,7 @@ def check_options(name: str, model_args: Mapping[str, Any]) -> None:
 
 
 def _check_blocks(key: str, value: Any) -> None:
-    counts = value if isinstance(value, (list, tuple)) else [value]
+    counts: Sequence[Any] = value if isinstance(value, (list, tuple)) else [value]
     if not all(isinstance(count, int) and not isinstance(count, bool) and count > 0 for count in counts):
         raise UserError(f'--model-kwargs: {key} must be whole numbers above zero, got {printable(repr(value))}')
     if sum(counts) > _MOST_BLOCKS:
@@ -141,7 +141,7 @@ def _check_value(key: str, value: Any, kind: type) -> None:
             raise UserError(says)
         if key.endswith('_rate') and not 0 <= value < 1:
             raise UserError(f'--model-kwargs: {key} must be from 0 to below 1, got {value}')
-    elif type(value) is not kind or (kind is int and not 0 <= value < 1 << 40):
+    elif type(value) is not kind or (isinstance(value, int) and not 0 <= value < 1 << 40):
         raise UserError(says)
 
 

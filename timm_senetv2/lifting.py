@@ -86,9 +86,11 @@ def _altered(
     """
     if any(getattr(module, hooks, None) for hooks in _HOOKS):
         return 'has hooks'
-    replaced = next((name for name in vars(module) if callable(getattr(type(module), name, None))), None)
-    if replaced is not None:
-        return f'has a {replaced} that is not of its class'
+    for name, value in vars(module).items():
+        method = getattr(type(module), name, None)
+        own = getattr(value, '__func__', None) is method and getattr(value, '__self__', None) is module
+        if callable(method) and not own:  # its own is what accelerate leaves behind when it removes its hooks
+            return f'has a {name} that is not of its class'
     surplus = [
         *(module._parameters.keys() - set(parameters)),
         *(module._modules.keys() - set(children)),
@@ -111,6 +113,13 @@ def _kind(parameter: torch.Tensor) -> str:
     if type(parameter) is nn.Parameter:
         return f'{parameter.dtype}, {parameter.layout}'
     return type(parameter).__name__
+
+
+def _check_arguments(model: nn.Module, reduction: int, cardinality: int) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f'model must be a torch.nn.Module, such as timm.create_model returns, got {model!r}')
+    check_whole_number('reduction', reduction)
+    check_whole_number('cardinality', cardinality)
 
 
 def _refuse_parallel(model: nn.Module) -> None:
@@ -171,8 +180,7 @@ def lift(model: Model, reduction: int = 32, cardinality: int = 4) -> Model:
             or a maximum inside, an activation that is not elementwise, hooks, a replaced `forward`, pruned, quantized
             or parametrized parts, weights shared with other layers. Says which and why; the model is unchanged then.
     """
-    check_whole_number('reduction', reduction)
-    check_whole_number('cardinality', cardinality)
+    _check_arguments(model, reduction, cardinality)
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, SE_CLASSES):
@@ -345,8 +353,7 @@ def add_attention(model: Model, reduction: int = 32, cardinality: int = 4) -> Mo
             last norm has no weight, or is shared, hooked, parametrized, frozen for good or quantized; or its class or
             forward is not timm's or torchvision's own. Says which and why; the model is unchanged then.
     """
-    check_whole_number('reduction', reduction)
-    check_whole_number('cardinality', cardinality)
+    _check_arguments(model, reduction, cardinality)
     blocks = {name: m for name, m in model.named_modules() if isinstance(m, BLOCK_CLASSES)}
     without = {name: block for name, block in blocks.items() if getattr(block, 'se', None) is None}
     if not without:

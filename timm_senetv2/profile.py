@@ -1,7 +1,8 @@
 """What a model costs on paper: parameters, multiply-adds, activations."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ class Profile(NamedTuple):
     activations: int
 
 
-def _output_elements(*_args, out_shape, **_kwargs) -> int:
+def _output_elements(*_args: Any, out_shape: Sequence[int], **_kwargs: Any) -> int:
     return math.prod(out_shape)
 
 

@@ -43,13 +43,10 @@ def sources() -> dict[str, Source]:
     for path in sorted(files(__package__).joinpath('weights').iterdir(), key=lambda path: path.name):
         if not path.name.endswith('_sources.csv'):
             continue
-        with path.open(newline='', encoding='utf-8') as file:
-            for row in csv.DictReader(file):
-                hub_id = row['source_on_the_hub']
-                source = found.get(hub_id) or Source(
-                    hub_id, row['model'], TABLE.format(path.name), row.get('license'), ()
-                )
-                figure = Published(int(row['img_size']), float(row['top1']), float(row['top5']))
-                accuracies = sorted((*source.accuracies, figure), key=lambda a: a.top1, reverse=True)
-                found[hub_id] = source._replace(accuracies=tuple(accuracies))
+        for row in csv.DictReader(path.read_text(encoding='utf-8').splitlines()):
+            hub_id = row['source_on_the_hub']
+            source = found.get(hub_id) or Source(hub_id, row['model'], TABLE.format(path.name), row.get('license'), ())
+            figure = Published(int(row['img_size']), float(row['top1']), float(row['top5']))
+            accuracies = sorted((*source.accuracies, figure), key=lambda a: a.top1, reverse=True)
+            found[hub_id] = source._replace(accuracies=tuple(accuracies))
     return found

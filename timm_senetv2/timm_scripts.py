@@ -30,7 +30,7 @@ class AnyDeviceDDP(DistributedDataParallel):
     train.py names its device there whatever it is; for modules on the CPU torch wants None and raises otherwise.
     """
 
-    def __init__(self, module: torch.nn.Module, device_ids: list | None = None, **kwargs) -> None:
+    def __init__(self, module: torch.nn.Module, device_ids: list[Any] | None = None, **kwargs: Any) -> None:
         if device_ids is not None:
             device_ids = [d for d in device_ids if torch.device(d).type != 'cpu'] or None
         super().__init__(module, device_ids=device_ids, **kwargs)
@@ -98,10 +98,10 @@ def run_script(name: str, timm_repo: str | None, arguments: Sequence[str]) -> No
     sys.argv = [str(script), *arguments]
     # As `python script.py` would have it, its folder in place of the one that `python -m` puts there, which may hold
     # another timm; but last, lest its own `timm` shadow the installed one
-    own = {str(Path.cwd()), ''} if sys.path and not sys.flags.safe_path else set()
+    own = {str(Path.cwd()), ''} if sys.path and not getattr(sys.flags, 'safe_path', False) else set()
     sys.path[:] = [p for i, p in enumerate(sys.path) if i or p not in own] + [str(script.parent)]
     if int(os.environ.get('WORLD_SIZE', '1')) > 1:
-        torch.nn.parallel.DistributedDataParallel = AnyDeviceDDP  # type: ignore[misc]
+        torch.nn.parallel.DistributedDataParallel = AnyDeviceDDP  # type: ignore[misc, assignment]
     runpy.run_path(str(script), run_name='__main__')
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NoReturn, Protocol, cast
@@ -10,6 +10,7 @@ from typing import Any, NoReturn, Protocol, cast
 from .. import __version__
 from ..errors import UserError, did_you_mean, printable, run
 
+Extras = Mapping[str, Mapping[str, Sequence[str]]]  # by command: extra, packages
 PROG = 'timm-senetv2'
 COMMANDS = {
     'models': 'list the models: tags, accuracies, parameters, multiply-adds',
@@ -19,7 +20,7 @@ COMMANDS = {
     'train': "run timm's own train.py, validate.py and others",
 }
 # Packages that a subcommand needs and that the package itself does not, by the extra that brings them
-EXTRAS = {'push': {'hub': ('jinja2', 'pydantic')}, 'cards': {'hub': ('jinja2', 'pydantic')}}
+EXTRAS: Extras = {'push': {'hub': ('jinja2', 'pydantic')}, 'cards': {'hub': ('jinja2', 'pydantic')}}
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     run(lambda: _main(sys.argv[1:] if argv is None else argv))
 
 
-def need(extras: dict[str, tuple[str, ...]], what: str) -> None:
+def need(extras: Mapping[str, Sequence[str]], what: str) -> None:
     """Make sure that the packages of these extras are installed.
 
     Raises:

@@ -166,6 +166,7 @@ class _Watch(logging.Handler):
 
 def _push(args: argparse.Namespace) -> None:
     from .. import hub
+    from ..catalog import config_of
     from ..files import check_output
 
     hub.check_target(args.repo_id, args.revision)
@@ -179,7 +180,7 @@ def _push(args: argparse.Namespace) -> None:
     with temporary, _Watch(args.timeout * 60, temporary):
         model = hub.build(args.model, args.pretrained, args.checkpoint, args.ema, **model_args)
         if args.pretrained and not args.card:
-            facts = hub.facts_of(model.pretrained_cfg['architecture'], args.pretrained)  # type: ignore[index, arg-type]
+            facts = hub.facts_of(config_of(model)['architecture'], args.pretrained)
         card = hub.render_card(model, args.repo_id, facts)
         folder = args.dry_run or Path(temporary.name) / 'files'
         hub.write_files(model, folder, card, facts)

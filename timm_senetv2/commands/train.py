@@ -14,10 +14,10 @@ train.py left in the folder of its --output and --experiment, or nothing where t
 import os
 from collections.abc import Sequence
 
-from . import PROG, Parser, need
+from . import PROG, Extras, Parser, need
 
 # Packages that a script of timm's needs beside timm's own, by the extra that brings them
-_EXTRAS = {'inference': {'train': ('pandas',)}, 'onnx_export': {'export': ('onnx', 'onnxscript')}}
+_EXTRAS: Extras = {'inference': {'train': ('pandas',)}, 'onnx_export': {'export': ('onnx', 'onnxscript')}}
 SCRIPTS = ('train', 'validate', 'benchmark', 'inference', 'onnx_export')
 
 

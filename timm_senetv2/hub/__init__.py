@@ -9,8 +9,8 @@ What a user or a machine did wrong is a `timm_senetv2.errors.UserError`. No text
 the extra `hub`: pip install 'timm-senetv2[hub]'.
 """
 
-from .card import facts_of, load_facts, render_card
-from .facts import Facts
+from .card import facts_of, render_card
+from .facts import Facts, load_facts
 from .files import FILES, write_files
 from .upload import Pushed, check_target, load_line, push
 from .weights import build

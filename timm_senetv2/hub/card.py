@@ -10,6 +10,7 @@ from timm.data import resolve_input_data_config
 from timm.models import get_pretrained_cfg, model_entrypoint
 from torch import nn
 
+from ..catalog import classes_of, config_of
 from ..errors import UserError, did_you_mean, one_line, printable, why
 from ..profile import count
 from ..sources import sources
@@ -41,7 +42,7 @@ def facts_of(name: str, tag: str) -> Facts:
         with as_file(card) as path:
             return load_facts(path)
     cfg = get_pretrained_cfg(f'{name}.{tag}')
-    source = sources().get(cfg.hf_hub_id) if cfg is not None else None
+    source = sources().get(cfg.hf_hub_id or '') if cfg is not None else None
     if source is None:
         raise UserError(f'{name}.{tag} has no card; write its facts to a YAML file and give it with --card')
     return Facts(datasets=source.datasets, license=source.license)
@@ -51,7 +52,7 @@ def _quoted_rows(
     file: str, row: Mapping[str, Any] | None, columns: Iterable[str], facts: Facts, model: nn.Module
 ) -> list[dict[str, str]]:
     """The rows of a table that are about the model; they have these columns."""
-    cfg: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    cfg = config_of(model)
     identity = dict(model=cfg['architecture'], tag=cfg.get('tag'), source_on_the_hub=cfg.get('hf_hub_id'))
     path = facts.folder / file
     shown = printable(path)
@@ -82,7 +83,7 @@ def _quoted_rows(
 
 def _published(model: nn.Module) -> list[_Table]:
     """The figures of the source of weights that come from timm's."""
-    cfg: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    cfg = config_of(model)
     source = sources().get(cfg.get('hf_hub_id') or '')
     if source is None:
         return []
@@ -150,10 +151,10 @@ def render_card(model: nn.Module, repo_id: str, facts: Facts) -> ModelCard:
     Raises:
         UserError: No licence, or results that are not where the facts say.
     """
-    cfg: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    cfg = config_of(model)
     name, source, repo_name = cfg['architecture'], cfg.get('hf_hub_id'), repo_id.rpartition('/')[2]
     results = _results(model, facts)
-    origin = dict(
+    origin: dict[str, Any] = dict(
         source_name=f"{source}, quoted from timm's results table", source_url=f'https://huggingface.co/{source}'
     )
     license = facts.license or cfg.get('license')
@@ -185,7 +186,7 @@ def render_card(model: nn.Module, repo_id: str, facts: Facts) -> ModelCard:
         or None,
     )
     with as_file(_CARDS / 'template.md') as template:
-        return ModelCard.from_template(
+        card: ModelCard = ModelCard.from_template(
             metadata,
             template_path=str(template),
             name=name,
@@ -197,12 +198,13 @@ def render_card(model: nn.Module, repo_id: str, facts: Facts) -> ModelCard:
             cost=count(model, data['input_size']),
             data=data,
             test=test,
-            num_classes=model.num_classes,
+            num_classes=classes_of(model),
             results=results,
             training=_training(model, facts),
             limits=facts.limits,
             cell=_cell,
         )
+    return card
 
 
 def data_config(facts: Facts) -> dict[str, Any] | None:
@@ -220,5 +222,5 @@ def data_configs(model: nn.Module, facts: Facts) -> tuple[dict[str, Any], dict[s
     try:
         return resolve_input_data_config(model, given), resolve_input_data_config(model, given, use_test_size=True)
     except (ValueError, AssertionError) as e:
-        name = model.pretrained_cfg['architecture']  # type: ignore[index, union-attr]
+        name = config_of(model)['architecture']
         raise UserError(f'data_config does not suit {name}: {one_line(e)}') from None

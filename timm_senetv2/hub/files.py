@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 from timm.data import ImageNetInfo
 from torch import nn
 
+from ..catalog import classes_of, config_of
 from ..checkpoints import save
 from ..errors import UserError, printable, why
 from ..files import output_folder
@@ -18,14 +19,14 @@ FILES = ('model.safetensors', 'config.json', 'README.md')
 
 
 def _labels(model: nn.Module, facts: Facts) -> dict[str, Any]:
-    names = facts.labels or model.pretrained_cfg.get('label_names')  # type: ignore[operator, union-attr]
-    if not names and 'imagenet-1k' in facts.datasets and model.num_classes == 1000:
+    names = facts.labels or config_of(model).get('label_names')
+    if not names and 'imagenet-1k' in facts.datasets and classes_of(model) == 1000:
         imagenet = ImageNetInfo('imagenet-1k')
         return dict(label_names=imagenet.label_names(), label_descriptions=imagenet.label_descriptions(as_dict=True))
     if not names:
         return {}
-    if len(names) != model.num_classes:
-        raise UserError(f'{len(names)} labels were given for a model with {model.num_classes} classes')
+    if len(names) != classes_of(model):
+        raise UserError(f'{len(names)} labels were given for a model with {classes_of(model)} classes')
     return dict(label_names=list(names))
 
 

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
+from ..catalog import config_of
 from ..errors import UserError, printable
 from ..files import sha256
 from .files import FILES
@@ -173,7 +174,7 @@ def _verify(api: HfApi, folder: Path, repo_id: str, commit: str, model: nn.Modul
         loaded = timm.create_model(f'local-dir:{path.parent}', pretrained=True).eval()
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         torch.manual_seed(0)
-        images = torch.randn(2, *loaded.pretrained_cfg['input_size'])
+        images = torch.randn(2, *config_of(loaded)['input_size'])
         difference = (loaded(images) - model(images)).abs().max().item()
     if not difference <= 1e-5:
         raise UserError(f'the model loaded from {repo_id} has other logits than the one pushed, by up to {difference}')

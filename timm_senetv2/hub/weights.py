@@ -53,6 +53,6 @@ def build(
         model = attempt(
             f'load the weights of {name}.{tag}',
             lambda: timm.create_model(f'{name}.{tag}', pretrained=True, **model_args),
-            repo_id=get_pretrained_cfg(f'{name}.{tag}').hf_hub_id or '',
+            repo_id=getattr(get_pretrained_cfg(f'{name}.{tag}'), 'hf_hub_id', None) or '',
         )
     return model.eval()
