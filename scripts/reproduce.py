@@ -9,7 +9,8 @@ Python literals; values parted by | make a grid: 'cifar_senetv2_resnet20:sae_car
 It starts from scratch, or, after an @, from the weights of --init:
   MODEL@continue       weights of the same architecture
   MODEL@lift           weights with SE, into a model with SaE in the same places and more hidden units
-  MODEL@add_attention  weights without attention; then SaE is added, reduction=32,cardinality=4 unless given
+  MODEL@add_attention  weights without attention; then SaE is added, reduction=32,cardinality=4 unless given. Before
+                       loading its saved weights build MODEL and add attention again: timm has no name for the two
   MODEL@scratch        as without @, to be given what follows
 A classifier for other classes is new. Of one model's training may be given after another colon, as in
 'cifar_senetv2_resnet20@lift:attention_lr=1|10':
