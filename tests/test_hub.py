@@ -435,6 +435,8 @@ def test_dry_run_replaces_its_own_folder_and_no_other(tmp_path, capsys):
     (tmp_path / 'out' / 'README.md').write_text('edited')
     code, err = dry_run(tmp_path / 'out')
     assert code == 2 and 'its README.md was changed' in err
+    code, err = dry_run('')  # as "$unset" gives it: still no push
+    assert code == 2 and 'the name is empty' in err
 
 
 # Loading what was pushed

@@ -170,21 +170,21 @@ def _push(args: argparse.Namespace) -> None:
     from ..files import check_output
 
     hub.check_target(args.repo_id, args.revision)
-    if args.dry_run:
+    if args.dry_run is not None:
         check_output(args.dry_run, 'push')
     model_args = options.model_kwargs(args.model_kwargs)
     if args.num_classes is not None:
         model_args['num_classes'] = args.num_classes
-    facts = hub.load_facts(args.card) if args.card else hub.Facts()
+    facts = hub.load_facts(args.card) if args.card is not None else hub.Facts()
     temporary = tempfile.TemporaryDirectory()
     with temporary, _Watch(args.timeout * 60, temporary):
         model = hub.build(args.model, args.pretrained, args.checkpoint, args.ema, **model_args)
-        if args.pretrained and not args.card:
+        if args.pretrained is not None and args.card is None:
             facts = hub.facts_of(config_of(model)['architecture'], args.pretrained)
         card = hub.render_card(model, args.repo_id, facts)
-        folder = args.dry_run or Path(temporary.name) / 'files'
+        folder = Path(temporary.name) / 'files' if args.dry_run is None else args.dry_run
         hub.write_files(model, folder, card, facts)
-        if args.dry_run:
+        if args.dry_run is not None:
             print(f'wrote {", ".join(hub.FILES)} to {args.dry_run}')
             return
         pushed = hub.push(
