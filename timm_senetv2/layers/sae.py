@@ -64,7 +64,7 @@ class _Scale(torch.autograd.Function):
         x, scale = ctx.saved_tensors
         product = grad * x
         sums = product.sum((2, 3))
-        if torch.is_grad_enabled():  # a derivative of this derivative needs the product
+        if torch.is_grad_enabled() or is_observed():  # a derivative of this derivative, or a batch of these
             return grad * scale[..., None, None], sums
         return torch.mul(grad, scale[..., None, None], out=product), sums  # on a CPU new memory costs time
 
