@@ -21,10 +21,14 @@ def is_observed() -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None  # vmap, grad, jvp, functionalize, …
         or forward_ad._current_level >= 0
         or is_in_torch_dispatch_mode()  # make_fx, FlopCounterMode, FakeTensorMode, …
-        or torch._C._len_torch_function_stack() > 0
-        or bool(_has_any_global_hook())
+        or is_intercepted()
         or nn.Module.__call__ is not _MODULE_CALL
     )
+
+
+def is_intercepted() -> bool:
+    """Whether a mode sees every function of torch, or a hook every module; to be asked while compiling too."""
+    return torch._C._len_torch_function_stack() > 0 or bool(_has_any_global_hook())
 
 
 def is_plain(module: nn.Module, cls: type[nn.Module], forward: object) -> bool:

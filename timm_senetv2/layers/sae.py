@@ -28,10 +28,10 @@ def _is_one_row(x: torch.Tensor, *linears: nn.Module) -> bool:
     """Whether x is one row in float32 on a CPU, without autograd, and nobody can see how the linears are computed."""
     return (
         type(x) is torch.Tensor
-        and len(x) == 1
         and x.is_cpu
         and not torch.is_grad_enabled()
         and not is_observed()
+        and len(x) == 1  # after the others: while tracing it would be recorded
         and x.dtype == torch.float32
         and all(is_plain(m, nn.Linear, _LINEAR_FORWARD) and m.weight.dtype == x.dtype for m in linears)
     )
@@ -64,7 +64,7 @@ class _Scale(torch.autograd.Function):
         x, scale = ctx.saved_tensors
         product = grad * x
         sums = product.sum((2, 3))
-        if torch.is_grad_enabled():  # a derivative of this derivative needs the product
+        if torch.is_grad_enabled() or is_observed():  # a derivative of this derivative needs the product
             return grad * scale[..., None, None], sums
         return torch.mul(grad, scale[..., None, None], out=product), sums  # on a CPU new memory costs time
 

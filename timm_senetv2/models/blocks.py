@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..layers import SqueezeAggregatedExcitation
+from ..layers._eager import is_plain
 from .fused import fused_tail, may_fuse
 
 
@@ -79,8 +80,10 @@ def _require_sae(block: nn.Module) -> None:
 
 def _fold_norm(conv: nn.Module, norm: nn.Module) -> nn.Module:
     """Fold the norm into the conv, in place. Returns what takes the norm's place: itself where it cannot be folded."""
-    # exact types: a subclass may compute something else
-    if type(conv) is not nn.Conv2d or type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or norm.running_mean is None:
+    norms = (nn.BatchNorm2d, nn.SyncBatchNorm)
+    if not is_plain(conv, nn.Conv2d, nn.Conv2d.forward) or not any(is_plain(norm, cls, cls.forward) for cls in norms):
+        return norm  # somebody else takes part in what they compute
+    if norm.running_mean is None:
         return norm
     conv.weight, conv.bias = fuse_conv_bn_weights(
         conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias

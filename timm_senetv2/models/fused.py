@@ -21,7 +21,7 @@ from timm.layers import DropPath
 from torch import nn
 
 from ..layers import SqueezeAggregatedExcitation
-from ..layers._eager import is_observed, is_plain
+from ..layers._eager import is_intercepted, is_observed, is_plain
 
 # The classes that a tail takes the place of, each with the forward that it knows
 _FORWARDS = {
@@ -43,14 +43,16 @@ def may_fuse(block: nn.Module, x: torch.Tensor, conv: nn.Module, norm: nn.Module
         return False
     if torch.compiler.is_compiling():
         # Nobody but the compiler sees a compiled graph; an exported one is timm's. torch 2.5 cannot tell them apart
-        worthwhile = hasattr(torch.compiler, 'is_exporting') and not torch.compiler.is_exporting()
+        worthwhile = (
+            hasattr(torch.compiler, 'is_exporting') and not torch.compiler.is_exporting() and not is_intercepted()
+        )
     else:
         worthwhile = (
-            (x.numel() >= _WORTHWHILE or type(norm) is nn.Identity)
-            and x.is_cpu
+            x.is_cpu
             and not torch.is_grad_enabled()
             and not norm.training
             and not is_observed()
+            and (x.numel() >= _WORTHWHILE or type(norm) is nn.Identity)  # last: while tracing it would be recorded
         )
     return (
         worthwhile
