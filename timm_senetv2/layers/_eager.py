@@ -17,12 +17,11 @@ def is_observed() -> bool:
     """
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None  # vmap, grad, jvp, functionalize, …
         or forward_ad._current_level >= 0
         or is_in_torch_dispatch_mode()  # make_fx, FlopCounterMode, FakeTensorMode, …
-        or torch._C._len_torch_function_stack() > 0
-        or bool(_has_any_global_hook())
+        or _is_intercepted()
         or nn.Module.__call__ is not _MODULE_CALL
     )
 
@@ -33,19 +32,28 @@ def is_compiled() -> bool:
     torch 2.5 cannot tell the two apart: there it is False.
     """
     return (
-        torch.compiler.is_compiling() and hasattr(torch.compiler, 'is_exporting') and not torch.compiler.is_exporting()
+        torch.compiler.is_compiling()
+        and hasattr(torch.compiler, 'is_exporting')
+        and not torch.compiler.is_exporting()
+        and not _is_intercepted()
     )
 
 
-def is_plain(module: nn.Module, cls: type[nn.Module], forward: object) -> bool:
+def _is_intercepted() -> bool:
+    """Whether a mode sees every function of torch, or a hook every module: while compiling too."""
+    return torch._C._len_torch_function_stack() > 0 or bool(_has_any_global_hook())
+
+
+def is_plain(module: nn.Module | None, cls: type[nn.Module], forward: object) -> bool:
     """Whether the module is exactly of this class, with this forward and no hooks, and its tensors are ordinary ones.
 
     Parametrizations change the class of a module; pruning, weight norm and spectral norm are hooks of it.
     """
+    if type(module) is not cls:
+        return False
     own = module.__dict__
     return (
-        type(module) is cls
-        and cls.forward is forward
+        cls.forward is forward
         and 'forward' not in own
         and not (own['_forward_hooks'] or own['_forward_pre_hooks'])
         and not (own['_backward_hooks'] or own['_backward_pre_hooks'])

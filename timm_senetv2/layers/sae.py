@@ -9,6 +9,7 @@ built that way: rows [k·d, (k+1)·d) of `fc1` are branch k.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,10 +30,10 @@ def _is_one_row(x: torch.Tensor, *linears: nn.Module) -> bool:
     """Whether x is one row in float32 on a CPU, without autograd, and nobody can see how the linears are computed."""
     return (
         type(x) is torch.Tensor
-        and len(x) == 1
         and x.is_cpu
         and not torch.is_grad_enabled()
         and (is_compiled() or not is_observed())
+        and len(x) == 1  # after the others: while tracing it would be recorded
         and x.dtype == torch.float32
         and all(is_plain(m, nn.Linear, _LINEAR_FORWARD) and m.weight.dtype == x.dtype for m in linears)
     )
@@ -63,8 +64,8 @@ class SqueezeAggregatedExcitation(nn.Module):
         act_layer: Callable[[], nn.Module] = nn.ReLU,
         gate_layer: str | Callable[[], nn.Module] = 'sigmoid',
         add_identity: bool = False,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """
         Args:
@@ -111,7 +112,7 @@ class SqueezeAggregatedExcitation(nn.Module):
         out_weight: torch.Tensor,
         branch_biases: Sequence[torch.Tensor] | None = None,
         out_bias: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> 'SqueezeAggregatedExcitation':
         """Build the layer from the separate dense layers of the paper's figure.
 
@@ -143,6 +144,7 @@ class SqueezeAggregatedExcitation(nn.Module):
             shapes = [tuple(b.shape) for b in branch_biases]
             if shapes != [(d,)] * len(weights):
                 raise ValueError(f'branch_biases must be {len(weights)} tensors of shape {(d,)}, got shapes {shapes}')
+            assert out_bias is not None
             if tuple(out_bias.shape) != (channels,):
                 raise ValueError(f'out_bias must have shape {(channels,)}, got {tuple(out_bias.shape)}')
 
@@ -158,7 +160,7 @@ class SqueezeAggregatedExcitation(nn.Module):
         with torch.no_grad():
             layer.fc1.weight.copy_(torch.cat(weights))
             layer.fc2.weight.copy_(out_weight)
-            if branch_biases is not None:
+            if branch_biases is not None and out_bias is not None:
                 layer.fc1.bias.copy_(torch.cat(list(branch_biases)))
                 layer.fc2.bias.copy_(out_bias)
         return layer

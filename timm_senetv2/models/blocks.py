@@ -1,6 +1,7 @@
 """timm's residual blocks with SaE: timm's own forward, or the fused tail where nobody can tell the two apart."""
 
 from functools import wraps
+from typing import Any
 
 import torch
 from timm.models.resnet import BasicBlock, Bottleneck
@@ -8,6 +9,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..layers import SqueezeAggregatedExcitation
+from ..layers._eager import is_plain
 from .fused import fused_tail, may_fuse
 
 
@@ -17,18 +19,18 @@ class SaEBasicBlock(BasicBlock):
     Shapes: (N, C_in, H, W) in, (N, C_out, H / stride, W / stride) out.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Takes timm's arguments; `attn_layer` must build a SqueezeAggregatedExcitation, else ValueError."""
         super().__init__(*args, **kwargs)
         _require_sae(self)
 
     @wraps(BasicBlock.forward)  # TorchScript compiles the source of what is wrapped, which is timm's
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         if not may_fuse(self, x, self.conv2, self.bn2):
             return super().forward(x)
         shortcut = x
         x = self.act1(self.drop_block(self.bn1(self.conv1(x))))
-        x = self.aa(x)
+        x = self.aa(x)  # type: ignore[misc]  # timm types it as None
         return self.act2(fused_tail(self, x, shortcut, self.conv2, self.bn2))
 
     @torch.jit.ignore
@@ -45,19 +47,19 @@ class SaEBottleneck(Bottleneck):
     Shapes: (N, C_in, H, W) in, (N, C_out, H / stride, W / stride) out.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Takes timm's arguments; `attn_layer` must build a SqueezeAggregatedExcitation, else ValueError."""
         super().__init__(*args, **kwargs)
         _require_sae(self)
 
     @wraps(Bottleneck.forward)  # TorchScript compiles the source of what is wrapped, which is timm's
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         if not may_fuse(self, x, self.conv3, self.bn3):
             return super().forward(x)
         shortcut = x
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.act2(self.drop_block(self.bn2(self.conv2(x))))
-        x = self.aa(x)
+        x = self.aa(x)  # type: ignore[misc]
         return self.act3(fused_tail(self, x, shortcut, self.conv3, self.bn3))
 
     @torch.jit.ignore
@@ -77,10 +79,12 @@ def _require_sae(block: nn.Module) -> None:
         )
 
 
-def _fold_norm(conv: nn.Module, norm: nn.Module) -> nn.Module:
+def _fold_norm(conv: Any, norm: Any) -> Any:
     """Fold the norm into the conv, in place. Returns what takes the norm's place: itself where it cannot be folded."""
-    # exact types: a subclass may compute something else
-    if type(conv) is not nn.Conv2d or type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or norm.running_mean is None:
+    norms = (nn.BatchNorm2d, nn.SyncBatchNorm)
+    if not is_plain(conv, nn.Conv2d, nn.Conv2d.forward) or not any(is_plain(norm, cls, cls.forward) for cls in norms):
+        return norm  # somebody else takes part in what they compute
+    if norm.running_mean is None:
         return norm
     conv.weight, conv.bias = fuse_conv_bn_weights(
         conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias

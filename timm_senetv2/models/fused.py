@@ -15,6 +15,8 @@ Under `torch.compile` the formulas are written as they are, and the compiler mak
 inference on a CPU gains.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
@@ -24,13 +26,13 @@ from ..layers import SqueezeAggregatedExcitation
 from ..layers._eager import is_compiled, is_observed, is_plain
 
 # The classes that a tail takes the place of, each with the forward that it knows
-_FORWARDS = {
+_FORWARDS: dict[type[nn.Module], object] = {
     cls: cls.forward for cls in (nn.BatchNorm2d, nn.Conv2d, nn.Identity, DropPath, SqueezeAggregatedExcitation)
 }
 _WORTHWHILE = 2**19  # elements of a block's input; for fewer, the steps between the passes cost more than a pass
 
 
-def may_fuse(block: nn.Module, x: torch.Tensor, conv: nn.Module, norm: nn.Module) -> bool:
+def may_fuse(block: Any, x: torch.Tensor, conv: nn.Module, norm: Any) -> bool:
     """Whether nobody can tell the fused tail from timm's own forward, and the tail is the faster one.
 
     Args:
@@ -45,11 +47,11 @@ def may_fuse(block: nn.Module, x: torch.Tensor, conv: nn.Module, norm: nn.Module
         worthwhile = is_compiled()
     else:
         worthwhile = (
-            (x.numel() >= _WORTHWHILE or type(norm) is nn.Identity)
-            and x.is_cpu
+            x.is_cpu
             and not torch.is_grad_enabled()
             and not norm.training
             and not is_observed()
+            and (x.numel() >= _WORTHWHILE or type(norm) is nn.Identity)  # last: while tracing it would be recorded
         )
     return (
         worthwhile
@@ -60,7 +62,7 @@ def may_fuse(block: nn.Module, x: torch.Tensor, conv: nn.Module, norm: nn.Module
     )
 
 
-def _is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
+def _is_plain(module: nn.Module | None, cls: type[nn.Module]) -> bool:
     return is_plain(module, cls, _FORWARDS[cls])
 
 
@@ -74,9 +76,7 @@ def _has_statistics(norm: nn.BatchNorm2d) -> bool:
     )
 
 
-def fused_tail(
-    block: nn.Module, x: torch.Tensor, shortcut: torch.Tensor, conv: nn.Module, norm: nn.Module
-) -> torch.Tensor:
+def fused_tail(block: Any, x: torch.Tensor, shortcut: torch.Tensor, conv: Any, norm: Any) -> torch.Tensor:
     """What timm's forward does before the last activation: `drop_path(se(norm(conv(x)))) + downsample(shortcut)`.
 
     Args:
@@ -145,7 +145,7 @@ def _channel_means(x: torch.Tensor, y: torch.Tensor, conv: nn.Conv2d, dtype: tor
 
 
 def _normalize_batch(
-    y: torch.Tensor, norm: nn.BatchNorm2d, dtype: torch.dtype
+    y: torch.Tensor, norm: Any, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """BatchNorm in training, its buffers too: shift, a and b, (C,), and the channel means after it, (N, C)."""
     var_n, mean_n = torch.var_mean(y.to(dtype), (2, 3), correction=0)
@@ -161,7 +161,7 @@ def _normalize_batch(
     return shift, a, norm.bias + (shift - mean) * a, (mean_n - mean) * a + norm.bias
 
 
-def _normalize_and_scale_(y: torch.Tensor, norm: nn.BatchNorm2d, s: torch.Tensor) -> None:
+def _normalize_and_scale_(y: torch.Tensor, norm: Any, s: torch.Tensor) -> None:
     """y = norm(y)·s in place, rounded once: a batch norm with weights of its own for each image."""
     mean, var = norm.running_mean.to(s.dtype), norm.running_var.to(s.dtype)
     weight, bias = norm.weight * s, norm.bias * s

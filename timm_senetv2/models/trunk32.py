@@ -44,8 +44,8 @@ class Trunk32(nn.Module):
         in_chans: int = 3,
         global_pool: str = 'avg',
         drop_rate: float = 0.0,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """
         Args:
@@ -69,7 +69,7 @@ class Trunk32(nn.Module):
         self.conv1 = nn.Conv2d(in_chans, stem_width, 3, padding=1, bias=False, **dd)
         self.bn1 = nn.BatchNorm2d(stem_width, **dd)
         self.act1 = nn.ReLU(inplace=True)
-        self.feature_info = [dict(num_chs=stem_width, reduction=1, module='act1')]
+        self.feature_info: list[dict[str, Any]] = [dict(num_chs=stem_width, reduction=1, module='act1')]
         width = stem_width
         for name, (stage, width), reduction in zip(STAGES, stages(stem_width, dd), (1, 2, 4), strict=True):
             self.add_module(name, stage)
@@ -194,9 +194,9 @@ class Trunk32(nn.Module):
             for name in STAGES:
                 x = self._checkpointed(getattr(self, name), x)
         else:
-            x = self.layer1(x)
-            x = self.layer2(x)
-            x = self.layer3(x)
+            x = self.layer1(x)  # type: ignore[operator]  # added by name
+            x = self.layer2(x)  # type: ignore[operator]  # added by name
+            x = self.layer3(x)  # type: ignore[operator]  # added by name
         return x
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
