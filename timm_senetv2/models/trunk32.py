@@ -60,7 +60,7 @@ class Trunk32(nn.Module):
             dtype: Dtype of parameters and buffers.
         """
         super().__init__()
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
