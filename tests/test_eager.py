@@ -1,4 +1,4 @@
-"""Each private name of torch that layers/_eager.py relies on is there and means what we think, and what counts as plain."""
+"""Each private name of torch in layers/_eager.py is there and means what we think; and what counts as plain."""
 
 import pytest
 import torch

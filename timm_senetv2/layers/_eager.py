@@ -31,6 +31,14 @@ def is_intercepted() -> bool:
     return torch._C._len_torch_function_stack() > 0 or bool(_has_any_global_hook())
 
 
+def is_batched(x: torch.Tensor) -> bool:
+    """Whether x is many tensors in a backward pass that `torch.autograd.grad(…, is_grads_batched=True)` vectorises.
+
+    Nothing else shows it: its vmap is not the one of torch.func.
+    """
+    return torch._C._functorch.is_legacy_batchedtensor(x)
+
+
 def is_plain(module: nn.Module, cls: type[nn.Module], forward: object) -> bool:
     """Whether the module is exactly of this class, with this forward and no hooks, and its tensors are ordinary ones.
 

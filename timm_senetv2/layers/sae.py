@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ._checks import check_whole_number
-from ._eager import is_observed, is_plain
+from ._eager import is_batched, is_observed, is_plain
 
 _WEIGHTS = ('fc1.weight', 'fc1.bias', 'fc2.weight', 'fc2.bias')
 _GATES = {'sigmoid': nn.Sigmoid, 'hard_sigmoid': nn.Hardsigmoid, 'tanh': nn.Tanh}
@@ -28,10 +28,10 @@ def _is_one_row(x: torch.Tensor, *linears: nn.Module) -> bool:
     """Whether x is one row in float32 on a CPU, without autograd, and nobody can see how the linears are computed."""
     return (
         type(x) is torch.Tensor
-        and x.is_cpu
         and not torch.is_grad_enabled()
-        and not is_observed()
-        and len(x) == 1  # after the others: while tracing it would be recorded
+        and not is_observed()  # before the next lines, which whoever observes would see
+        and x.is_cpu
+        and len(x) == 1
         and x.dtype == torch.float32
         and all(is_plain(m, nn.Linear, _LINEAR_FORWARD) and m.weight.dtype == x.dtype for m in linears)
     )
@@ -64,7 +64,7 @@ class _Scale(torch.autograd.Function):
         x, scale = ctx.saved_tensors
         product = grad * x
         sums = product.sum((2, 3))
-        if torch.is_grad_enabled() or is_observed():  # a derivative of this derivative needs the product
+        if torch.is_grad_enabled() or is_observed() or is_batched(grad):  # whoever transforms this needs the product
             return grad * scale[..., None, None], sums
         return torch.mul(grad, scale[..., None, None], out=product), sums  # on a CPU new memory costs time
 

@@ -48,11 +48,11 @@ def may_fuse(block: nn.Module, x: torch.Tensor, conv: nn.Module, norm: nn.Module
         )
     else:
         worthwhile = (
-            x.is_cpu
-            and not torch.is_grad_enabled()
+            not torch.is_grad_enabled()
             and not norm.training
-            and not is_observed()
-            and (x.numel() >= _WORTHWHILE or type(norm) is nn.Identity)  # last: while tracing it would be recorded
+            and not is_observed()  # before the next lines, which whoever observes would see
+            and x.is_cpu
+            and (x.numel() >= _WORTHWHILE or type(norm) is nn.Identity)
         )
     return (
         worthwhile
