@@ -43,6 +43,10 @@ def _linear_of_one_row(x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
     return out if linear.bias is None else out.add_(linear.bias)
 
 
+def _is_training_eagerly(x: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and type(x) is torch.Tensor and not is_observed()
+
+
 def _channel_means(x: torch.Tensor) -> torch.Tensor:
     """The means of x over its pixels, (N, C), for training."""
     if x.dtype in (torch.float32, torch.float64):
@@ -244,6 +248,9 @@ class SqueezeAggregatedExcitation(nn.Module):
 
     def squeeze(self, x: torch.Tensor) -> torch.Tensor:
         """z, the channel means, (N, C), of x, (N, C, H, W)."""
+        if not torch.jit.is_scripting():
+            if _is_training_eagerly(x):
+                return _channel_means(x)
         return x.mean((2, 3))
 
     def gate(self, pooled: torch.Tensor) -> torch.Tensor:
@@ -263,8 +270,8 @@ class SqueezeAggregatedExcitation(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if torch.is_grad_enabled() and type(x) is torch.Tensor and not is_observed():
-                return _Scale.apply(x, self.scale(_channel_means(x)))
+            if _is_training_eagerly(x):
+                return _Scale.apply(x, self.scale(self.squeeze(x)))
         # an ellipsis, because torch 2.5 cannot export slices of a dynamic batch
         return x * self.scale(self.squeeze(x))[..., None, None]
 

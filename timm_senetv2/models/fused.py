@@ -150,11 +150,13 @@ def _normalize_batch(
     y: torch.Tensor, norm: nn.BatchNorm2d, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """BatchNorm in training, its buffers too: shift, a and b, (C,), and the channel means after it, (N, C)."""
+    count = y.numel() // y.shape[1]
+    if count == 1:
+        norm(y)  # raises
     var_n, mean_n = torch.var_mean(y.to(dtype), (2, 3), correction=0)
     mean = mean_n.mean(0)
     var = (var_n + (mean_n - mean).square()).mean(0)
     with torch.no_grad():
-        count = y.numel() // y.shape[1]
         norm.num_batches_tracked.add_(1)
         norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
         norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), norm.momentum)
