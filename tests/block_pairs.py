@@ -40,10 +40,12 @@ def build(cls: type[nn.Module], case: str = 'identity shortcut', dtype: torch.dt
 def randomize_norms(model: nn.Module) -> nn.Module:
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
-            nn.init.uniform_(m.weight, 0.5, 1.5)
-            nn.init.normal_(m.bias)
-            nn.init.normal_(m.running_mean)
-            nn.init.uniform_(m.running_var, 0.5, 2)
+            if m.affine:
+                nn.init.uniform_(m.weight, 0.5, 1.5)
+                nn.init.normal_(m.bias)
+            if m.track_running_stats:
+                nn.init.normal_(m.running_mean)
+                nn.init.uniform_(m.running_var, 0.5, 2)
     return model
 
 

@@ -1,5 +1,6 @@
 """The two layers against the papers' formulas, and in every way torch can run them."""
 
+import copy
 import io
 import shutil
 
@@ -375,3 +376,54 @@ def test_repr_tells_the_sizes():
         SqueezeAggregatedExcitation(16, 8, add_identity=True)
     )
     assert repr(ChannelAggregation(2, 'max')) == "ChannelAggregation(factor=2, op='max')"
+
+
+# ---- SaE's faster ways, where nobody can see them
+
+
+class PooledByMaximum(SqueezeAggregatedExcitation):
+    def squeeze(self, x):
+        return x.amax((2, 3))
+
+
+@pytest.mark.parametrize('context', [torch.no_grad, torch.enable_grad])
+def test_overridden_squeeze_is_obeyed(context):
+    layer = PooledByMaximum(16, reduction=4)
+    x = image()
+    with context():
+        torch.testing.assert_close(layer(x), x * layer.gate(x.amax((2, 3)))[..., None, None])
+
+
+@pytest.mark.parametrize('training', [False, True])
+def test_forward_over_reverse(training):
+    """A Hessian times a vector, by hand and by torch.func, against the numerical derivative of the gradient."""
+    layer = SqueezeAggregatedExcitation(16, reduction=4).double().train(training)
+    x, v = torch.randn(2, 2, 16, 3, 3, dtype=torch.float64)
+
+    def gradient(x):
+        return torch.func.grad(lambda x: layer(x).square().sum())(x)
+
+    _, product = torch.func.jvp(gradient, (x,), (v,))
+    numerical = (gradient(x + 1e-5 * v) - gradient(x - 1e-5 * v)) / 2e-5
+    torch.testing.assert_close(product, numerical, rtol=1e-5, atol=1e-6)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x.clone().requires_grad_(), v)
+        (by_hand,) = torch.autograd.grad(layer(dual).square().sum(), dual, create_graph=True)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(by_hand).tangent, product)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_one_row_of_many_channels(bias):
+    """A product and a sum in place of the dense layers, unless somebody watches those."""
+    layer = SqueezeAggregatedExcitation(1024, bias=bias)
+    z = torch.randn(2, 1024)
+    exact = copy.deepcopy(layer).double().gate(z.double())
+    with torch.no_grad():
+        rows = torch.cat([layer.gate(row) for row in z.split(1)])
+        # float32 sums of 1024 and of 128 products, into a sigmoid whose slope is at most 1/4
+        torch.testing.assert_close(rows.double(), exact, rtol=0, atol=1024 * torch.finfo(torch.float32).eps)
+        seen = []
+        layer.fc1.register_forward_hook(lambda module, args, out: seen.append(out))
+        layer.fc2.forward = lambda hidden: torch.zeros(len(hidden), 1024)
+        assert torch.equal(layer.gate(z[:1]), torch.full((1, 1024), 0.5))
+        assert len(seen) == 1

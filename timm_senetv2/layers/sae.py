@@ -30,10 +30,10 @@ def _is_one_row(x: torch.Tensor, *linears: nn.Module) -> bool:
     """Whether x is one row in float32 on a CPU, without autograd, and nobody can see how the linears are computed."""
     return (
         type(x) is torch.Tensor
-        and x.is_cpu
         and not torch.is_grad_enabled()
-        and (is_compiled() or not is_observed())
-        and len(x) == 1  # after the others: while tracing it would be recorded
+        and (is_compiled() or not is_observed())  # before the next lines, which whoever observes would see
+        and x.is_cpu
+        and len(x) == 1
         and x.dtype == torch.float32
         and all(is_plain(m, nn.Linear, _LINEAR_FORWARD) and m.weight.dtype == x.dtype for m in linears)
     )

@@ -47,11 +47,11 @@ def may_fuse(block: Any, x: torch.Tensor, conv: nn.Module, norm: Any) -> bool:
         worthwhile = is_compiled()
     else:
         worthwhile = (
-            x.is_cpu
-            and not torch.is_grad_enabled()
+            not torch.is_grad_enabled()
             and not norm.training
-            and not is_observed()
-            and (x.numel() >= _WORTHWHILE or type(norm) is nn.Identity)  # last: while tracing it would be recorded
+            and not is_observed()  # before the next lines, which whoever observes would see
+            and x.is_cpu
+            and (x.numel() >= _WORTHWHILE or type(norm) is nn.Identity)
         )
     return (
         worthwhile
@@ -148,11 +148,13 @@ def _normalize_batch(
     y: torch.Tensor, norm: Any, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """BatchNorm in training, its buffers too: shift, a and b, (C,), and the channel means after it, (N, C)."""
+    count = y.numel() // y.shape[1]
+    if count == 1:
+        norm(y)  # raises
     var_n, mean_n = torch.var_mean(y.to(dtype), (2, 3), correction=0)
     mean = mean_n.mean(0)
     var = (var_n + (mean_n - mean).square()).mean(0)
     with torch.no_grad():
-        count = y.numel() // y.shape[1]
         norm.num_batches_tracked.add_(1)
         norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
         norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), norm.momentum)
