@@ -227,13 +227,13 @@ def test_warnings_turned_into_errors_do_not_reach_the_import_of_timm(tmp_path):
     assert stderr.count('RuntimeWarning: timm_senetv2 could not register') == 1
 
 
-def test_a_package_that_cannot_be_imported_costs_one_warning_and_not_torch(tmp_path):
+def test_a_package_that_cannot_be_imported_costs_one_warning_and_neither_torch_nor_timm(tmp_path):
     for options, where in ((), 'caught'), (('-W', 'error::RuntimeWarning'), 'stderr'):
         stdout, stderr = fresh(
             """
             sys.modules['timm_senetv2'] = None  # importing it raises ModuleNotFoundError, as if its folder were gone
             with warnings.catch_warnings(record=True) as caught:
-                import torch
+                import torch, timm
             print([w.category.__name__ for w in caught if 'timm_senetv2 could not be loaded' in str(w.message)])
             print(torch.ones(2).sum().item())
         """,
