@@ -1,6 +1,11 @@
 import gzip
+import io
+import os
 import pickle
 import struct
+import subprocess
+import sys
+import zlib
 from hashlib import md5
 from pathlib import Path
 
@@ -8,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from _cli import UserError
-from _data import ImageError, load_dataset
-from PIL import Image
+from PIL import Image, features
 from sklearn.datasets import load_digits
 from timm.data import create_loader
+
+from experiments.data import FileImages, ImageError, load_dataset
+from timm_senetv2.errors import UserError
 
 NAMES = ('train-images-idx3-ubyte', 'train-labels-idx1-ubyte', 't10k-images-idx3-ubyte', 't10k-labels-idx1-ubyte')
 
@@ -45,8 +51,8 @@ def write_fashion_mnist(folder: Path, compress: bool = True) -> dict[str, np.nda
 
 
 def write_images(folder: Path, counts: dict[str, int]) -> None:
-    rng = np.random.default_rng(0)
     for label, count in counts.items():
+        rng = np.random.default_rng(zlib.crc32(f'{folder.name}/{label}'.encode()))
         (folder / label).mkdir(parents=True)
         for i in range(count):
             Image.fromarray(rng.integers(256, size=(20, 24, 3), dtype=np.uint8)).save(folder / label / f'{i}.png')
@@ -221,3 +227,137 @@ def test_a_damaged_image_is_named_through_timms_loader(tmp_path, workers):
     with pytest.raises(ImageError) as error:
         list(loader)
     assert message(error).startswith(f'{damaged} cannot be read as an image')
+
+
+def as_one(folder: Path) -> str:
+    """What load_dataset says of a folder that it refuses."""
+    with pytest.raises(UserError) as error:
+        load_dataset(str(folder))
+    return message(error)
+
+
+@pytest.mark.parametrize('target', ['..', '../..', '/', '.', 'up'])
+def test_a_link_to_a_folder_above_adds_no_image(tmp_path, target):
+    write_images(tmp_path / 'images', {'ant': 8, 'bee': 8})
+    before = load_dataset(str(tmp_path / 'images'))
+    (tmp_path / 'images' / 'ant' / 'up').symlink_to(target)
+    (tmp_path / 'images' / 'whole').symlink_to(tmp_path)  # in the place of a class
+    after = load_dataset(str(tmp_path / 'images'))
+    assert (after.train.paths, after.test.paths) == (before.train.paths, before.test.paths)
+    assert after.classes == ('ant', 'bee')
+
+
+def test_a_linked_folder_and_file_count_once(tmp_path):
+    write_images(tmp_path / 'images', {'ant': 4, 'bee': 8})
+    write_images(tmp_path / 'elsewhere', {'more': 4})
+    for name in ('more', 'again'):
+        (tmp_path / 'images' / 'ant' / name).symlink_to(tmp_path / 'elsewhere' / 'more')
+    (tmp_path / 'images' / 'ant' / 'same.png').symlink_to('0.png')
+    (tmp_path / 'images' / 'ant' / 'hard.png').hardlink_to(tmp_path / 'images' / 'ant' / '1.png')
+    data = load_dataset(str(tmp_path / 'images'))
+    assert sorted((*data.train.targets, *data.test.targets)) == [0] * 8 + [1] * 8
+
+
+def test_an_image_in_two_classes_is_refused(tmp_path):
+    write_images(tmp_path, {'ant': 4, 'bee': 4})
+    (tmp_path / 'ant' / 'bees').symlink_to('../bee')
+    assert 'are the same file in two classes' in as_one(tmp_path)
+
+
+@pytest.mark.parametrize('how', ['symlink', 'hard link', 'copy'])
+def test_an_image_on_both_sides_of_the_split_is_refused(tmp_path, how):
+    write_images(tmp_path / 'train', {'ant': 3, 'bee': 2})
+    write_images(tmp_path / 'val', {'ant': 1, 'bee': 1})
+    source, copy = tmp_path / 'train' / 'ant' / '2.png', tmp_path / 'val' / 'ant' / 'x.png'
+    if how == 'symlink':
+        copy.symlink_to(source)
+    elif how == 'hard link':
+        copy.hardlink_to(source)
+    else:
+        copy.write_bytes(source.read_bytes())
+    text = as_one(tmp_path)
+    assert str(source) in text and str(copy) in text and 'take one away' in text
+
+
+def test_folders_whose_names_start_with_a_dot_are_no_classes(tmp_path):
+    write_images(tmp_path, {'ant': 4, 'bee': 4})
+    (tmp_path / '.ipynb_checkpoints').mkdir()
+    assert load_dataset(str(tmp_path)).classes == ('ant', 'bee')
+
+
+def test_an_empty_class_is_named(tmp_path):
+    write_images(tmp_path, {'ant': 4, 'bee': 4})
+    (tmp_path / 'cow').mkdir()
+    assert "its folder 'cow' holds no images" in as_one(tmp_path)
+
+
+def test_a_link_that_leads_nowhere_is_no_data_set(tmp_path):
+    (tmp_path / 'loop').symlink_to('loop')
+    assert 'unknown dataset' in as_one(tmp_path / 'loop')
+
+
+def test_names_of_classes_are_printable_whatever_the_folders_are_called(tmp_path):
+    names = [b'caf\xe9', b'two\nlines', b'\x1b[31mred', b'$a_{$']
+    for i, name in enumerate(names):
+        write_images(tmp_path / 'temporary', {str(i): 4})
+        os.rename(tmp_path / 'temporary' / str(i), os.path.join(os.fsencode(tmp_path), name))
+    (tmp_path / 'temporary').rmdir()
+    classes = load_dataset(str(tmp_path)).classes
+    assert all(name.isprintable() for name in classes) and len(set(classes)) == 4
+    assert '$a_{$' in classes and r'two\nlines' in classes
+
+
+@pytest.mark.parametrize('kind', ['AVIF', 'DDS', 'BLP', 'PNG', 'TIFF', 'GIF', 'JPEG2000'])
+def test_damaged_images_of_any_kind_are_one_line(tmp_path, kind):
+    if kind == 'AVIF' and not features.check('avif'):
+        pytest.skip('this Pillow reads no AVIF')
+    rng = np.random.default_rng(0)
+    mode = 'P' if kind in ('BLP', 'GIF') else 'RGB'
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(256, size=(24, 24, 3), dtype=np.uint8)).convert(mode).save(buffer, kind)
+    whole = buffer.getvalue()
+    path = tmp_path / 'x.png'
+    images = FileImages([str(path)], [0])
+    refused = 0
+    for _ in range(60):
+        content = bytearray(whole[: rng.integers(1, len(whole))])
+        for place in rng.integers(len(content), size=4):
+            content[place] = rng.integers(256)
+        path.write_bytes(content)
+        try:
+            images[0]
+        except ImageError as e:
+            refused += 1
+            assert str(path) in str(e) and len(str(e).splitlines()) == 1
+    assert refused > 5
+
+
+@pytest.mark.parametrize('shape', [(2**32 - 1,) * 3, (2**31, 2**31, 4), (2**20, 28, 28), (0, 28, 28)])
+def test_a_header_that_announces_too_much_or_nothing_is_refused(tmp_path, shape):
+    write_fashion_mnist(tmp_path / 'data')
+    content = struct.pack('>HBB3I', 0, 8, 3, *shape)
+    (tmp_path / 'data' / f'{NAMES[0]}.gz').write_bytes(gzip.compress(content))
+    with pytest.raises(UserError) as error:
+        load_dataset('fashion-mnist', tmp_path / 'data', download=False)
+    assert NAMES[0] in message(error)
+
+
+def test_a_gzip_bomb_ends_in_one_line_under_a_memory_limit(tmp_path):
+    """10 GB of zeros in 10 MB, read by a process that may have 2 GB more than it starts with."""
+    write_fashion_mnist(tmp_path / 'data')
+    chunk = gzip.compress(bytes(2**26))
+    with (tmp_path / 'data' / f'{NAMES[0]}.gz').open('wb') as file:
+        file.write(gzip.compress(struct.pack('>HBB3I', 0, 8, 3, 60000, 28, 28)))
+        for _ in range(160):
+            file.write(chunk)
+    code = f"""
+import resource, sys
+from experiments.data import load_dataset
+from timm_senetv2.errors import run
+size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 2**31,) * 2)
+run(lambda: load_dataset('fashion-mnist', {str(tmp_path / 'data')!r}, download=False))
+"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 2
+    assert done.stderr.startswith('error: ') and 'holds more than' in done.stderr and len(done.stderr.splitlines()) == 1

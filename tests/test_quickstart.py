@@ -1,4 +1,5 @@
 import csv
+import os
 import shutil
 import signal
 import subprocess
@@ -9,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import quickstart
+import reproduce
 import timm
 import torch
-from _cli import UserError
-from _data import load_dataset
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
+
+from experiments.data import load_dataset
+from timm_senetv2.errors import UserError
 
 SCRIPT = Path(quickstart.__file__)
 
@@ -53,6 +56,7 @@ def folder(tmp_path_factory):
 def test_run_writes_a_model_a_table_and_a_picture(digits_run):
     out, text = digits_run
     assert sorted(snapshot(out)) == [
+        '.timm-senetv2.json',
         'quickstart.png',
         'results.csv',
         'small_cnn/config.json',
@@ -94,9 +98,7 @@ def test_image_folder_is_learnt_and_replaces_the_last_run(folder, tmp_path, caps
     out = tmp_path / 'out'
     args = ['--dataset', str(folder), '--out', str(out), '--models', 'cifar_resnet20']
     quickstart.main([*args, '--epochs', '1'])
-    (out / 'small_cnn').mkdir()
     quickstart.main([*args, '--epochs', '20'])
-    assert not (out / 'small_cnn').exists()
     assert [p.name for p in tmp_path.iterdir()] == ['out']
     rows = list(csv.DictReader((out / 'results.csv').open()))
     assert len(rows) == 20 and float(rows[-1]['test_accuracy']) == 100
@@ -116,7 +118,7 @@ def test_interrupted_run_leaves_the_last_one_alone(digits_run, tmp_path):
         # a background job of a shell without job control inherits that Ctrl-C is ignored; nobody could interrupt it
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    while not (tmp_path / 'out.unfinished').exists():
+    while len(list(tmp_path.iterdir())) < 2:
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
@@ -128,22 +130,16 @@ def test_interrupted_run_leaves_the_last_one_alone(digits_run, tmp_path):
 
 
 def test_killed_run_is_cleaned_up_by_the_next(folder, tmp_path):
-    (tmp_path / 'out.unfinished').mkdir()
-    (tmp_path / 'out.unfinished' / 'old.safetensors').touch()
-    quickstart.main(
-        [
-            '--dataset',
-            str(folder),
-            '--models',
-            'small_cnn',
-            '--epochs',
-            '1',
-            '--out',
-            str(tmp_path / 'out'),
-        ]
-    )
+    args = ['--dataset', str(folder), '--models', 'small_cnn', '--out', str(tmp_path / 'out')]
+    process = subprocess.Popen([sys.executable, SCRIPT, *args, '--epochs', '1000'], stdout=subprocess.DEVNULL)
+    while not list(tmp_path.iterdir()):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / 'out').exists()
+    quickstart.main([*args, '--epochs', '1'])
     assert [p.name for p in tmp_path.iterdir()] == ['out']
-    assert not (tmp_path / 'out' / 'old.safetensors').exists()
 
 
 def test_help_needs_nothing_installed(tmp_path):
@@ -155,12 +151,12 @@ def test_help_needs_nothing_installed(tmp_path):
 
 def test_bad_input_is_one_plain_line_and_exit_code_2(tmp_path):
     done = subprocess.run(
-        [sys.executable, SCRIPT, '--models', 'senetv2_resnet21', '--out', tmp_path / 'out'],
+        [sys.executable, SCRIPT, '--models', 'cifar_senetv2_resnet21', '--out', tmp_path / 'out'],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: unknown model 'senetv2_resnet21'; did you mean")
+    assert done.stderr.startswith("error: unknown model 'cifar_senetv2_resnet21'; did you mean")
     assert 'cifar_senetv2_resnet20' in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
@@ -196,7 +192,7 @@ def test_unwritable_out_is_refused(folder, tmp_path):
 
 def test_folder_with_other_things_in_it_is_not_replaced(folder, tmp_path):
     (tmp_path / 'thesis.txt').write_text('precious')
-    with pytest.raises(UserError, match='choose another --out'):
+    with pytest.raises(UserError, match='was not written by quickstart.py'):
         quickstart.main(['--dataset', str(folder), '--models', 'small_cnn', '--out', str(tmp_path)])
     assert (tmp_path / 'thesis.txt').read_text() == 'precious'
 
@@ -219,3 +215,116 @@ def test_corrupt_image_is_named_and_nothing_is_left(folder, tmp_path):
             ]
         )
     assert [p.name for p in tmp_path.iterdir()] == ['images']
+
+
+def test_numbers_are_those_of_reproduce_py(digits_run, tmp_path):
+    """One training loop and one data path: the same settings give the same digits."""
+    reproduce.main(
+        ['--dataset', 'digits', '--batch-size', '64', '--epochs', '1', '--channels-last', '--device', 'cpu']
+        + ['--models', 'small_cnn', '--out', str(tmp_path / 'out')]
+    )
+    (expected,) = csv.DictReader((tmp_path / 'out' / 'curves.csv').open())
+    (row,) = csv.DictReader((digits_run[0] / 'results.csv').open())
+    assert float(row['test_accuracy']) == pytest.approx(float(expected['accuracy']), abs=0.3)  # threads may differ
+    assert float(row['train_loss']) == pytest.approx(float(expected['train_loss']), abs=1e-3)
+
+
+@pytest.mark.parametrize('name', [b'$a_{$', b'caf\xe9', b'two\nlines', '漢字'.encode()])
+def test_any_name_of_a_class_can_be_drawn_and_said(folder, tmp_path, name, capsys):
+    images = tmp_path / 'images'
+    shutil.copytree(folder, images)
+    os.rename(images / 'red', os.path.join(os.fsencode(images), name))
+    quickstart.main(
+        ['--dataset', str(images), '--models', 'small_cnn', '--epochs', '1', '--out', str(tmp_path / 'out')]
+    )
+    captured = capsys.readouterr()
+    assert 'could not be made' not in captured.err and 'quickstart.png' in captured.out
+    assert (tmp_path / 'out' / 'quickstart.png').stat().st_size > 10_000
+    model = timm.create_model(f'local-dir:{tmp_path / "out" / "small_cnn"}', pretrained=True)
+    assert len(model.pretrained_cfg['label_names']) == 2
+
+
+def test_a_picture_that_fails_costs_nothing_else(folder, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise ValueError('no font for this')
+
+    monkeypatch.setattr('experiments.quickstart.plot_quickstart', fail)
+    out = tmp_path / 'out'
+    quickstart.main(['--dataset', str(folder), '--models', 'small_cnn', '--epochs', '1', '--out', str(out)])
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1] == 'warning: quickstart.png could not be made: no font for this'
+    assert 'local-dir:' in captured.out and 'quickstart.png' not in captured.out
+    assert (out / 'results.csv').is_file() and (out / 'small_cnn' / 'model.safetensors').is_file()
+
+
+def test_a_closed_pipe_loses_nothing(folder, tmp_path):
+    args = ['--dataset', folder, '--models', 'small_cnn', 'small_secnn', '--epochs', '1', '--out', tmp_path / 'out']
+    process = subprocess.Popen([sys.executable, SCRIPT, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait() == 0, errors
+    assert b'Error' not in errors
+    assert {p.name for p in (tmp_path / 'out').iterdir()} == {
+        '.timm-senetv2.json',
+        'quickstart.png',
+        'results.csv',
+        'small_cnn',
+        'small_secnn',
+    }
+
+
+@pytest.mark.parametrize(
+    'make, says',
+    [
+        (lambda out: (out / 'results.csv').write_text('format,run\n'), 'was not written by quickstart.py'),
+        (lambda out: (out / 'thesis.tex').write_text('precious'), 'was not written by quickstart.py'),
+        (
+            lambda out: (out / '.timm-senetv2.json').write_text('{"tool": "reproduce.py"}'),
+            'was written by reproduce.py, not by quickstart.py',
+        ),
+    ],
+)
+def test_a_folder_that_this_script_did_not_write_is_not_replaced(folder, tmp_path, make, says):
+    out = tmp_path / 'out'
+    out.mkdir()
+    make(out)
+    for name in ('out.previous', 'out.unfinished'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'thesis.tex').write_text('precious')
+    before = snapshot(tmp_path)
+    with pytest.raises(UserError, match=says):
+        quickstart.main(['--dataset', str(folder), '--models', 'small_cnn', '--epochs', '1', '--out', str(out)])
+    assert snapshot(tmp_path) == before
+
+
+def test_a_file_of_the_users_in_our_folder_is_not_removed(digits_run, folder, tmp_path):
+    out = tmp_path / 'out'
+    shutil.copytree(digits_run[0], out)
+    (out / 'thesis.tex').write_text('precious')
+    before = snapshot(out)
+    with pytest.raises(UserError, match='holds thesis.tex, which quickstart.py did not write'):
+        quickstart.main(['--dataset', str(folder), '--models', 'small_cnn', '--epochs', '1', '--out', str(out)])
+    assert snapshot(out) == before
+
+
+def test_files_have_the_permissions_of_new_files(digits_run):
+    umask = os.umask(0)
+    os.umask(umask)
+    files = [p for p in digits_run[0].rglob('*') if p.is_file()]
+    assert files and {p.stat().st_mode & 0o777 for p in files} == {0o666 & ~umask}
+
+
+def test_the_root_and_a_looping_link_are_refused(folder, tmp_path):
+    (tmp_path / 'loop').symlink_to('loop')
+    for out in ('/', str(tmp_path / 'loop')):
+        with pytest.raises(UserError):
+            quickstart.main(['--dataset', str(folder), '--models', 'small_cnn', '--epochs', '1', '--out', out])
+
+
+def test_a_missing_package_is_one_line_before_anything_is_done(tmp_path):
+    done = subprocess.run(
+        [sys.executable, '-S', SCRIPT, '--out', tmp_path / 'out'], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    assert done.stderr.startswith('error: ') and len(done.stderr.splitlines()) == 1
+    assert 'pip install -e ".[experiments]"' in done.stderr

@@ -27,6 +27,16 @@ def is_observed() -> bool:
     )
 
 
+def is_compiled() -> bool:
+    """Whether `torch.compile` is at work, whose graph nobody but the compiler sees; an exported one is for others.
+
+    torch 2.5 cannot tell the two apart: there it is False.
+    """
+    return (
+        torch.compiler.is_compiling() and hasattr(torch.compiler, 'is_exporting') and not torch.compiler.is_exporting()
+    )
+
+
 def is_plain(module: nn.Module, cls: type[nn.Module], forward: object) -> bool:
     """Whether the module is exactly of this class, with this forward and no hooks, and its tensors are ordinary ones.
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ._checks import check_whole_number
-from ._eager import is_observed, is_plain
+from ._eager import is_compiled, is_observed, is_plain
 
 _WEIGHTS = ('fc1.weight', 'fc1.bias', 'fc2.weight', 'fc2.bias')
 _GATES = {'sigmoid': nn.Sigmoid, 'hard_sigmoid': nn.Hardsigmoid, 'tanh': nn.Tanh}
@@ -31,7 +31,7 @@ def _is_one_row(x: torch.Tensor, *linears: nn.Module) -> bool:
         and len(x) == 1
         and x.is_cpu
         and not torch.is_grad_enabled()
-        and not is_observed()
+        and (is_compiled() or not is_observed())
         and x.dtype == torch.float32
         and all(is_plain(m, nn.Linear, _LINEAR_FORWARD) and m.weight.dtype == x.dtype for m in linears)
     )
@@ -64,7 +64,7 @@ class _Scale(torch.autograd.Function):
         x, scale = ctx.saved_tensors
         product = grad * x
         sums = product.sum((2, 3))
-        if torch.is_grad_enabled():  # a derivative of this derivative needs the product
+        if torch.is_grad_enabled() or is_observed():  # a derivative of this derivative, or a batch of these
             return grad * scale[..., None, None], sums
         return torch.mul(grad, scale[..., None, None], out=product), sums  # on a CPU new memory costs time
 
@@ -197,7 +197,7 @@ class SqueezeAggregatedExcitation(nn.Module):
 
         Args:
             se_state: `fc1.weight` (d', C), `fc1.bias` (d',), `fc2.weight` (C, d') and `fc2.bias` (C,), the weights also
-                as those of 1x1 convs; both biases may be absent. Other entries are ignored.
+                as those of 1x1 convs; no biases for a layer without biases. Other entries are ignored.
             prefix: Precedes these names in `se_state` and in the result.
 
         Returns:
@@ -205,7 +205,8 @@ class SqueezeAggregatedExcitation(nn.Module):
 
         Raises:
             RuntimeError: Weights that are not those of an SE layer over C channels with at most as many hidden units as
-                this layer; names the tensor and both shapes. Or a layer with `add_identity`, which has no such weights.
+                this layer; names the first tensor that is missing or does not fit, and the shapes. Or a layer with
+                `add_identity`, which has no such weights.
         """
         if self.add_identity:
             raise RuntimeError(
@@ -217,8 +218,6 @@ class SqueezeAggregatedExcitation(nn.Module):
         given = {name: se_state[prefix + name] for name in _WEIGHTS if prefix + name in se_state}
         units = min(hidden, len(given.get('fc1.weight', ())))
         shapes = dict(zip(_WEIGHTS, ((units, channels), (units,), (channels, units), (channels,)), strict=True))
-        if not given.keys() & {'fc1.bias', 'fc2.bias'}:
-            given.update({name: own[name].new_zeros(shapes[name]) for name in own if name.endswith('bias')})
 
         embedded = {}
         for name, shape in shapes.items():

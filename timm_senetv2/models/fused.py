@@ -21,7 +21,7 @@ from timm.layers import DropPath
 from torch import nn
 
 from ..layers import SqueezeAggregatedExcitation
-from ..layers._eager import is_observed, is_plain
+from ..layers._eager import is_compiled, is_observed, is_plain
 
 # The classes that a tail takes the place of, each with the forward that it knows
 _FORWARDS = {
@@ -42,8 +42,7 @@ def may_fuse(block: nn.Module, x: torch.Tensor, conv: nn.Module, norm: nn.Module
     if type(x) is not torch.Tensor:  # a tensor subclass, or a stand-in for a tensor while a graph is captured
         return False
     if torch.compiler.is_compiling():
-        # Nobody but the compiler sees a compiled graph; an exported one is timm's. torch 2.5 cannot tell them apart
-        worthwhile = hasattr(torch.compiler, 'is_exporting') and not torch.compiler.is_exporting()
+        worthwhile = is_compiled()
     else:
         worthwhile = (
             (x.numel() >= _WORTHWHILE or type(norm) is nn.Identity)
@@ -112,7 +111,8 @@ def fused_tail(
     if torch.compiler.is_compiling():
         out = y.to(dtype)
         if has_norm:  # y - shift first: with large means the products would cancel
-            out = (out - _nchw(shift)) * _nchw(a * s) + _nchw(b * s)
+            scale, offset = torch.stack((a * s, b * s)).unbind()  # else Inductor computes both for each pixel
+            out = (out - _nchw(shift)) * _nchw(scale) + _nchw(offset)
         else:
             out = out * _nchw(s)
         return (out + shortcut).to(y.dtype)
