@@ -11,7 +11,7 @@ MODEL_MODULES = ('senetv2', 'cifar', 'small_cnn')
 name_clashes: list[str] = []  # names that timm had before us
 
 _registered_in: 'weakref.WeakSet[ModuleType]' = weakref.WeakSet()  # every `timm.models` so far
-_INDEPENDENT_OF_TIMM = ('timm_senetv2.registration', 'timm_senetv2.layers')
+_INDEPENDENT_OF_TIMM = ('timm_senetv2.registration', 'timm_senetv2.errors', 'timm_senetv2.layers')
 
 
 def register() -> None:
