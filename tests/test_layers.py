@@ -2,12 +2,15 @@
 
 import io
 import shutil
+from functools import partial
 
 import onnxruntime
 import pytest
 import torch
 from timm.layers import SEModule
 from torch import nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_senetv2.layers import ChannelAggregation, SqueezeAggregatedExcitation
 
@@ -89,6 +92,129 @@ def test_aggregation_equals_a_loop_over_groups_forward_and_gradients(op, factor,
     torch.testing.assert_close(actual_grad, expected_grad, rtol=0, atol=1e-12)
     if op != 'max' and factor in (2, 4):
         assert actual_grad.is_contiguous(memory_format=memory_format)
+
+
+# Groups that are added up one after the other, by an expression that torch differentiates itself
+def groups_in_a_loop(x, factor, op):
+    members = x.unflatten(1, (-1, factor)).unbind(2)
+    out = members[0]
+    for member in members[1:]:
+        out = torch.maximum(out, member) if op == 'max' else out + member
+    return out / factor if op == 'mean' else out
+
+
+@pytest.mark.parametrize('factor', [1, 4])
+@pytest.mark.parametrize('op', ['sum', 'mean', 'max'])
+@pytest.mark.filterwarnings('ignore:Attempted to insert a get_attr Node:UserWarning')  # torch.func.linearize
+def test_transforms_of_aggregation_equal_those_of_a_loop(op, factor):
+    """Forward over reverse, reverse over reverse, linearize, vmap and dual numbers."""
+
+    def energies(aggregate):  # curved, so that second derivatives are not zero
+        def energy(x):
+            return (aggregate(x).sin() * torch.arange(x.shape[1] // factor).add(1.0)[:, None, None]).sum()
+
+        return energy
+
+    layer = ChannelAggregation(factor, op)
+    x, v = torch.randn(2, 2, 8, 2, 3, dtype=torch.float64)
+
+    def results(aggregate):
+        energy = energies(aggregate)
+        out, jvp = torch.func.linearize(aggregate, x)
+        yield from (out, jvp(v))
+        yield from torch.func.jvp(torch.func.grad(energy), (x,), (v,))
+        yield torch.func.hessian(energy)(x)
+        yield torch.func.jacrev(torch.func.jacrev(energy))(x)
+        yield torch.vmap(torch.func.grad(energy))(torch.stack([x, v]))
+        yield from torch.func.vjp(aggregate, x)[1](aggregate(v))
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x.clone().requires_grad_(), v)
+            value = energy(dual)
+            yield forward_ad.unpack_dual(value).tangent
+            (gradient,) = torch.autograd.grad(value, dual)
+            yield from forward_ad.unpack_dual(gradient)[:2]
+        leaf = x.clone().requires_grad_()
+        output = aggregate(leaf)
+        eye = torch.eye(output.numel(), dtype=x.dtype).view(-1, *output.shape)
+        yield torch.autograd.grad(output, leaf, eye, is_grads_batched=True)[0]
+
+    actuals = list(results(layer))
+    expecteds = list(results(partial(groups_in_a_loop, factor=factor, op=op)))
+    assert len(actuals) == len(expecteds) == 12
+    for actual, expected in zip(actuals, expecteds, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('grad', [False, True])
+@pytest.mark.parametrize('op', ['sum', 'mean'])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_aggregation_in_half_precision_is_rounded_once(dtype, op, grad):
+    x = torch.randn(4, 64, 5, 5).to(dtype)
+    exact = groups_in_a_loop(x.double(), 16, op)
+    for layer in (ChannelAggregation(16, op), torch.fx.symbolic_trace(ChannelAggregation(16, op))):
+        with torch.set_grad_enabled(grad):
+            y = layer(x)
+        assert y.dtype == dtype
+        # half a unit in the last place, and sixteen roundings in float32
+        bound = exact.abs() * torch.finfo(dtype).eps / 2 + 16 * x.abs().max() * torch.finfo(torch.float32).eps
+        assert ((y.double() - exact).abs() <= bound).all()
+
+
+def test_mean_of_large_half_precision_values_does_not_overflow():
+    x = torch.full((1, 4, 2, 2), 3e4, dtype=torch.float16)
+    layer = ChannelAggregation(4, 'mean')
+    for run in (layer, torch.no_grad()(layer), torch.fx.symbolic_trace(layer), torch.compile(layer, backend='eager')):
+        assert (run(x) == 3e4).all()
+    assert (torch.vmap(layer)(x[None]) == 3e4).all()
+
+
+@pytest.mark.parametrize('grad', [False, True])
+@pytest.mark.parametrize('how', ['eager', 'fx', 'script'])
+@pytest.mark.parametrize('factor', [1, 2, 4])
+@pytest.mark.parametrize('op', ['sum', 'mean', 'max'])
+@pytest.mark.filterwarnings('ignore:.*torch.jit:FutureWarning', 'ignore:.*torch.jit:DeprecationWarning')
+def test_output_of_aggregation_may_be_written_into(op, factor, how, grad):
+    layer = ChannelAggregation(factor, op)
+    layer = {'eager': layer, 'fx': torch.fx.symbolic_trace(layer), 'script': torch.jit.script(layer)}[how]
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = image(requires_grad=grad).to(memory_format=memory_format)
+        before = x.detach().clone()
+        with torch.set_grad_enabled(grad):
+            y = layer(x)
+            assert y.is_contiguous(memory_format=memory_format)
+            y.zero_()
+        assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize('op', ['sum', 'mean'])
+def test_no_sum_that_others_hold_is_written_into(op):
+    x = image()
+    graph = torch.fx.symbolic_trace(ChannelAggregation(4, op))
+    kept = {}
+
+    class Keep(torch.fx.Interpreter):
+        def run_node(self, node):
+            result = super().run_node(node)
+            if isinstance(result, torch.Tensor):
+                kept[node.name] = result, result.clone()
+            return result
+
+    with torch.no_grad():
+        Keep(graph).run(x)
+    assert sum(name.startswith('add') for name in kept) == 3
+    for held, copy in kept.values():
+        assert torch.equal(held, copy)
+
+    seen = []
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func._schema.is_mutable)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Operations():
+        ChannelAggregation(4, op)(x)
+    assert len(seen) > 3 and not any(seen)
 
 
 @both_layers
