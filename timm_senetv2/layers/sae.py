@@ -21,6 +21,7 @@ _GATES = {'sigmoid': nn.Sigmoid, 'hard_sigmoid': nn.Hardsigmoid, 'tanh': nn.Tanh
 
 
 _LINEAR_FORWARD = nn.Linear.forward
+_FULL_PRECISION = (torch.float32, torch.float64)
 _MANY_CHANNELS = 1024  # from here on, the product of one row with a weight is worth a second thread
 
 
@@ -41,32 +42,6 @@ def _linear_of_one_row(x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
     """`linear(x)` as a product and a sum, which all threads share; a matrix times one vector runs on one."""
     out = (linear.weight * x).sum(1)[None]
     return out if linear.bias is None else out.add_(linear.bias)
-
-
-def _channel_means(x: torch.Tensor) -> torch.Tensor:
-    """The means of x over its pixels, (N, C), for training."""
-    if x.dtype in (torch.float32, torch.float64):
-        # a sum, divided after: its gradient is a view of one number a channel, that of a mean is written out
-        return x.sum((2, 3)) / (x.shape[2] * x.shape[3])
-    return x.mean((2, 3))  # in half precision the sum would be rounded too
-
-
-class _Scale(torch.autograd.Function):
-    """x · scale, (N, C, H, W) with a scale of (N, C); backward takes no more memory than its result."""
-
-    @staticmethod
-    def forward(ctx, x, scale):
-        ctx.save_for_backward(x, scale)
-        return x * scale[..., None, None]
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, scale = ctx.saved_tensors
-        product = grad * x
-        sums = product.sum((2, 3))
-        if torch.is_grad_enabled() or is_observed():  # a derivative of this derivative, or a batch of these
-            return grad * scale[..., None, None], sums
-        return torch.mul(grad, scale[..., None, None], out=product), sums  # on a CPU new memory costs time
 
 
 class SqueezeAggregatedExcitation(nn.Module):
@@ -243,6 +218,11 @@ class SqueezeAggregatedExcitation(nn.Module):
 
     def squeeze(self, x: torch.Tensor) -> torch.Tensor:
         """z, the channel means, (N, C), of x, (N, C, H, W)."""
+        if not torch.jit.is_scripting():  # alone in its line: TorchScript then leaves the rest uncompiled
+            if type(x) is torch.Tensor and torch.is_grad_enabled() and x.dtype in _FULL_PRECISION and not is_observed():
+                # The gradient of a sum is a view of one number a channel, that of a mean is written out. In half
+                # precision the sum would be rounded once more
+                return x.sum((2, 3)) / (x.shape[2] * x.shape[3])
         return x.mean((2, 3))
 
     def gate(self, pooled: torch.Tensor) -> torch.Tensor:
@@ -261,9 +241,6 @@ class SqueezeAggregatedExcitation(nn.Module):
         return 1 + s if self.add_identity else s
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():
-            if torch.is_grad_enabled() and type(x) is torch.Tensor and not is_observed():
-                return _Scale.apply(x, self.scale(_channel_means(x)))
         # an ellipsis, because torch 2.5 cannot export slices of a dynamic batch
         return x * self.scale(self.squeeze(x))[..., None, None]
 
