@@ -36,10 +36,10 @@ torch.fx.wrap('_narrow')
 def _aggregate(x: torch.Tensor, factor: int, mean: bool, in_place: bool) -> torch.Tensor:
     """The sum or mean of each group, in new memory."""
     # Elementwise over the members of a group: it keeps channels-last, where a reduction returns contiguous NCHW
-    members = x.unflatten(1, (-1, factor)).unbind(2)
+    members: list[torch.Tensor] = x.unflatten(1, (-1, factor)).unbind(2)
     if factor == 1:
-        return cast(torch.Tensor, members[0].clone())
-    out: torch.Tensor = _widen(members[0]) + members[1]
+        return members[0].clone()
+    out = _widen(members[0]) + members[1]
     for i in range(2, factor):  # into the first sum, not into a new tensor each: half the time on a CPU
         out = out.add_(members[i]) if in_place else out + members[i]
     if mean:
@@ -97,7 +97,7 @@ class ChannelAggregation(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _check_groups(x.shape[1], self.factor)
         if self.op == 'max':
-            members = x.unflatten(1, (-1, self.factor)).unbind(2)
+            members: list[torch.Tensor] = x.unflatten(1, (-1, self.factor)).unbind(2)
             out = members[0].clone() if self.factor == 1 else members[0]
             for i in range(1, self.factor):
                 out = torch.maximum(out, members[i])
