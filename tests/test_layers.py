@@ -238,22 +238,22 @@ def max_of(tensors):
 
 
 def test_one_branch_is_timms_se_module():
-    ours = SqueezeAggregatedExcitation(32, reduction=4, cardinality=1)
-    theirs = SEModule(32, rd_channels=8)
+    ours = SqueezeAggregatedExcitation(32, reduction=4, cardinality=1).double()
+    theirs = SEModule(32, rd_channels=8).double()
     theirs.load_state_dict(
         {
             name: value[:, :, None, None] if name.endswith('weight') else value
             for name, value in ours.state_dict().items()
         }
     )
-    x = torch.randn(2, 32, 6, 6)
+    x = torch.randn(2, 32, 6, 6, dtype=torch.float64)
     torch.testing.assert_close(ours(x), theirs(x))
 
 
 def test_gate_and_scale_rebuild_the_output():
     for add_identity in (False, True):
-        layer = SqueezeAggregatedExcitation(16, reduction=4, add_identity=add_identity)
-        x = image()
+        layer = SqueezeAggregatedExcitation(16, reduction=4, add_identity=add_identity).double()
+        x = image(dtype=torch.float64)
         s = layer.gate(x.mean((2, 3)))
         assert s.shape == (2, 16)
         assert ((s > 0) & (s < 1)).all()
@@ -308,13 +308,13 @@ def test_rd_channels_and_bias():
 
 
 def test_from_branches_without_biases():
-    weights = [torch.randn(2, 6) for _ in range(3)]
-    out_weight = torch.randn(6, 6)
+    weights = [torch.randn(2, 6, dtype=torch.float64) for _ in range(3)]
+    out_weight = torch.randn(6, 6, dtype=torch.float64)
     layer = SqueezeAggregatedExcitation.from_branches(weights, out_weight)
     assert layer.fc1.bias is None and layer.fc2.bias is None
-    zeros = [torch.zeros(2)] * 3
-    x = torch.randn(2, 6, 3, 3)
-    torch.testing.assert_close(layer(x), paper_sae(x, weights, zeros, out_weight, torch.zeros(6)))
+    zeros = [torch.zeros(2, dtype=torch.float64)] * 3
+    x = torch.randn(2, 6, 3, 3, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), paper_sae(x, weights, zeros, out_weight, torch.zeros(6, dtype=torch.float64)))
 
 
 # ---- bad values
@@ -387,7 +387,7 @@ def test_aggregation_names_channels_that_the_factor_does_not_divide():
 
 @both_layers
 def test_compile_fullgraph(layer):
-    model, x = layer(), image().requires_grad_()
+    model, x = layer().double(), image(dtype=torch.float64).requires_grad_()
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     torch.testing.assert_close(compiled(x), model(x))
     (expected,) = torch.autograd.grad(model(x).square().sum(), x)
@@ -398,7 +398,7 @@ def test_compile_fullgraph(layer):
 @pytest.mark.skipif(shutil.which('c++') is None, reason="torch's inductor compiles C++ and needs a compiler")
 @pytest.mark.parametrize('layer', [LAYERS['sae'], LAYERS['sum']], ids=['sae', 'sum'])
 def test_compile_with_inductor_keeps_values_and_memory_format(layer):
-    model, x = layer(), image().to(memory_format=torch.channels_last)
+    model, x = layer().double(), image(dtype=torch.float64).to(memory_format=torch.channels_last)
     y = torch.compile(model, fullgraph=True)(x)
     torch.testing.assert_close(y, model(x))
     assert y.is_contiguous(memory_format=torch.channels_last)
@@ -406,24 +406,26 @@ def test_compile_with_inductor_keeps_values_and_memory_format(layer):
 
 @both_layers
 def test_export_with_a_dynamic_batch(layer):
-    model = layer().eval()
-    program = torch.export.export(model, (image(3),), dynamic_shapes=({0: torch.export.Dim('batch')},), strict=True)
-    x = image(5)
+    model = layer().double().eval()
+    program = torch.export.export(
+        model, (image(3, dtype=torch.float64),), dynamic_shapes=({0: torch.export.Dim('batch')},), strict=True
+    )
+    x = image(5, dtype=torch.float64)
     torch.testing.assert_close(program.module()(x), model(x))
 
 
 @both_layers
 def test_fx(layer):
-    model, x = layer(), image()
+    model, x = layer().double(), image(dtype=torch.float64)
     traced = torch.fx.symbolic_trace(model)
     torch.testing.assert_close(traced(x), model(x))
-    assert traced(image(5)).shape[0] == 5
+    assert traced(image(5, dtype=torch.float64)).shape[0] == 5
 
 
 @both_layers
 @pytest.mark.filterwarnings('ignore:.*torch.jit:FutureWarning', 'ignore:.*torch.jit:DeprecationWarning')
 def test_torchscript(layer):
-    model, x = layer(), image()
+    model, x = layer().double(), image(dtype=torch.float64)
     scripted = torch.jit.script(model)
     torch.testing.assert_close(scripted(x), model(x))
     buffer = io.BytesIO()
@@ -459,9 +461,9 @@ def test_autocast(layer, dtype):
 @pytest.mark.parametrize('how', ['eager', 'compile', 'export', 'fx', 'script'])
 @pytest.mark.filterwarnings('ignore:.*torch.jit:FutureWarning', 'ignore:.*torch.jit:DeprecationWarning')
 def test_memory_format_is_kept(layer, how):
-    model = layer().eval()
+    model = layer().double().eval()
     for memory_format in (torch.channels_last, torch.contiguous_format):
-        x = image().to(memory_format=memory_format)
+        x = image(dtype=torch.float64).to(memory_format=memory_format)
         run = {
             'eager': lambda: model,
             'compile': lambda: torch.compile(model, fullgraph=True, backend='aot_eager'),
