@@ -3,12 +3,15 @@
 import copy
 import io
 import shutil
+from functools import partial
 
 import onnxruntime
 import pytest
 import torch
 from timm.layers import SEModule
 from torch import nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_senetv2.layers import ChannelAggregation, SqueezeAggregatedExcitation
 
@@ -92,6 +95,129 @@ def test_aggregation_equals_a_loop_over_groups_forward_and_gradients(op, factor,
         assert actual_grad.is_contiguous(memory_format=memory_format)
 
 
+# Groups that are added up one after the other, by an expression that torch differentiates itself
+def groups_in_a_loop(x, factor, op):
+    members = x.unflatten(1, (-1, factor)).unbind(2)
+    out = members[0]
+    for member in members[1:]:
+        out = torch.maximum(out, member) if op == 'max' else out + member
+    return out / factor if op == 'mean' else out
+
+
+@pytest.mark.parametrize('factor', [1, 4])
+@pytest.mark.parametrize('op', ['sum', 'mean', 'max'])
+@pytest.mark.filterwarnings('ignore:Attempted to insert a get_attr Node:UserWarning')  # torch.func.linearize
+def test_transforms_of_aggregation_equal_those_of_a_loop(op, factor):
+    """Forward over reverse, reverse over reverse, linearize, vmap and dual numbers."""
+
+    def energies(aggregate):  # curved, so that second derivatives are not zero
+        def energy(x):
+            return (aggregate(x).sin() * torch.arange(x.shape[1] // factor).add(1.0)[:, None, None]).sum()
+
+        return energy
+
+    layer = ChannelAggregation(factor, op)
+    x, v = torch.randn(2, 2, 8, 2, 3, dtype=torch.float64)
+
+    def results(aggregate):
+        energy = energies(aggregate)
+        out, jvp = torch.func.linearize(aggregate, x)
+        yield from (out, jvp(v))
+        yield from torch.func.jvp(torch.func.grad(energy), (x,), (v,))
+        yield torch.func.hessian(energy)(x)
+        yield torch.func.jacrev(torch.func.jacrev(energy))(x)
+        yield torch.vmap(torch.func.grad(energy))(torch.stack([x, v]))
+        yield from torch.func.vjp(aggregate, x)[1](aggregate(v))
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x.clone().requires_grad_(), v)
+            value = energy(dual)
+            yield forward_ad.unpack_dual(value).tangent
+            (gradient,) = torch.autograd.grad(value, dual)
+            yield from forward_ad.unpack_dual(gradient)[:2]
+        leaf = x.clone().requires_grad_()
+        output = aggregate(leaf)
+        eye = torch.eye(output.numel(), dtype=x.dtype).view(-1, *output.shape)
+        yield torch.autograd.grad(output, leaf, eye, is_grads_batched=True)[0]
+
+    actuals = list(results(layer))
+    expecteds = list(results(partial(groups_in_a_loop, factor=factor, op=op)))
+    assert len(actuals) == len(expecteds) == 12
+    for actual, expected in zip(actuals, expecteds, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('grad', [False, True])
+@pytest.mark.parametrize('op', ['sum', 'mean'])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_aggregation_in_half_precision_is_rounded_once(dtype, op, grad):
+    x = torch.randn(4, 64, 5, 5).to(dtype)
+    exact = groups_in_a_loop(x.double(), 16, op)
+    for layer in (ChannelAggregation(16, op), torch.fx.symbolic_trace(ChannelAggregation(16, op))):
+        with torch.set_grad_enabled(grad):
+            y = layer(x)
+        assert y.dtype == dtype
+        # half a unit in the last place, and sixteen roundings in float32
+        bound = exact.abs() * torch.finfo(dtype).eps / 2 + 16 * x.abs().max() * torch.finfo(torch.float32).eps
+        assert ((y.double() - exact).abs() <= bound).all()
+
+
+def test_mean_of_large_half_precision_values_does_not_overflow():
+    x = torch.full((1, 4, 2, 2), 3e4, dtype=torch.float16)
+    layer = ChannelAggregation(4, 'mean')
+    for run in (layer, torch.no_grad()(layer), torch.fx.symbolic_trace(layer), torch.compile(layer, backend='eager')):
+        assert (run(x) == 3e4).all()
+    assert (torch.vmap(layer)(x[None]) == 3e4).all()
+
+
+@pytest.mark.parametrize('grad', [False, True])
+@pytest.mark.parametrize('how', ['eager', 'fx', 'script'])
+@pytest.mark.parametrize('factor', [1, 2, 4])
+@pytest.mark.parametrize('op', ['sum', 'mean', 'max'])
+@pytest.mark.filterwarnings('ignore:.*torch.jit:FutureWarning', 'ignore:.*torch.jit:DeprecationWarning')
+def test_output_of_aggregation_may_be_written_into(op, factor, how, grad):
+    layer = ChannelAggregation(factor, op)
+    layer = {'eager': layer, 'fx': torch.fx.symbolic_trace(layer), 'script': torch.jit.script(layer)}[how]
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = image(requires_grad=grad).to(memory_format=memory_format)
+        before = x.detach().clone()
+        with torch.set_grad_enabled(grad):
+            y = layer(x)
+            assert y.is_contiguous(memory_format=memory_format)
+            y.zero_()
+        assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize('op', ['sum', 'mean'])
+def test_no_sum_that_others_hold_is_written_into(op):
+    x = image()
+    graph = torch.fx.symbolic_trace(ChannelAggregation(4, op))
+    kept = {}
+
+    class Keep(torch.fx.Interpreter):
+        def run_node(self, node):
+            result = super().run_node(node)
+            if isinstance(result, torch.Tensor):
+                kept[node.name] = result, result.clone()
+            return result
+
+    with torch.no_grad():
+        Keep(graph).run(x)
+    assert sum(name.startswith('add') for name in kept) == 3
+    for held, copy in kept.values():
+        assert torch.equal(held, copy)
+
+    seen = []
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func._schema.is_mutable)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Operations():
+        ChannelAggregation(4, op)(x)
+    assert len(seen) > 3 and not any(seen)
+
+
 @both_layers
 def test_other_derivatives(layer):
     """Second derivatives, forward mode, and vmap, numerically and against one image at a time."""
@@ -113,22 +239,22 @@ def max_of(tensors):
 
 
 def test_one_branch_is_timms_se_module():
-    ours = SqueezeAggregatedExcitation(32, reduction=4, cardinality=1)
-    theirs = SEModule(32, rd_channels=8)
+    ours = SqueezeAggregatedExcitation(32, reduction=4, cardinality=1).double()
+    theirs = SEModule(32, rd_channels=8).double()
     theirs.load_state_dict(
         {
             name: value[:, :, None, None] if name.endswith('weight') else value
             for name, value in ours.state_dict().items()
         }
     )
-    x = torch.randn(2, 32, 6, 6)
+    x = torch.randn(2, 32, 6, 6, dtype=torch.float64)
     torch.testing.assert_close(ours(x), theirs(x))
 
 
 def test_gate_and_scale_rebuild_the_output():
     for add_identity in (False, True):
-        layer = SqueezeAggregatedExcitation(16, reduction=4, add_identity=add_identity)
-        x = image()
+        layer = SqueezeAggregatedExcitation(16, reduction=4, add_identity=add_identity).double()
+        x = image(dtype=torch.float64)
         s = layer.gate(x.mean((2, 3)))
         assert s.shape == (2, 16)
         assert ((s > 0) & (s < 1)).all()
@@ -183,13 +309,13 @@ def test_rd_channels_and_bias():
 
 
 def test_from_branches_without_biases():
-    weights = [torch.randn(2, 6) for _ in range(3)]
-    out_weight = torch.randn(6, 6)
+    weights = [torch.randn(2, 6, dtype=torch.float64) for _ in range(3)]
+    out_weight = torch.randn(6, 6, dtype=torch.float64)
     layer = SqueezeAggregatedExcitation.from_branches(weights, out_weight)
     assert layer.fc1.bias is None and layer.fc2.bias is None
-    zeros = [torch.zeros(2)] * 3
-    x = torch.randn(2, 6, 3, 3)
-    torch.testing.assert_close(layer(x), paper_sae(x, weights, zeros, out_weight, torch.zeros(6)))
+    zeros = [torch.zeros(2, dtype=torch.float64)] * 3
+    x = torch.randn(2, 6, 3, 3, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), paper_sae(x, weights, zeros, out_weight, torch.zeros(6, dtype=torch.float64)))
 
 
 # ---- bad values
@@ -262,7 +388,7 @@ def test_aggregation_names_channels_that_the_factor_does_not_divide():
 
 @both_layers
 def test_compile_fullgraph(layer):
-    model, x = layer(), image().requires_grad_()
+    model, x = layer().double(), image(dtype=torch.float64).requires_grad_()
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     torch.testing.assert_close(compiled(x), model(x))
     (expected,) = torch.autograd.grad(model(x).square().sum(), x)
@@ -273,7 +399,7 @@ def test_compile_fullgraph(layer):
 @pytest.mark.skipif(shutil.which('c++') is None, reason="torch's inductor compiles C++ and needs a compiler")
 @pytest.mark.parametrize('layer', [LAYERS['sae'], LAYERS['sum']], ids=['sae', 'sum'])
 def test_compile_with_inductor_keeps_values_and_memory_format(layer):
-    model, x = layer(), image().to(memory_format=torch.channels_last)
+    model, x = layer().double(), image(dtype=torch.float64).to(memory_format=torch.channels_last)
     y = torch.compile(model, fullgraph=True)(x)
     torch.testing.assert_close(y, model(x))
     assert y.is_contiguous(memory_format=torch.channels_last)
@@ -281,24 +407,26 @@ def test_compile_with_inductor_keeps_values_and_memory_format(layer):
 
 @both_layers
 def test_export_with_a_dynamic_batch(layer):
-    model = layer().eval()
-    program = torch.export.export(model, (image(3),), dynamic_shapes=({0: torch.export.Dim('batch')},), strict=True)
-    x = image(5)
+    model = layer().double().eval()
+    program = torch.export.export(
+        model, (image(3, dtype=torch.float64),), dynamic_shapes=({0: torch.export.Dim('batch')},), strict=True
+    )
+    x = image(5, dtype=torch.float64)
     torch.testing.assert_close(program.module()(x), model(x))
 
 
 @both_layers
 def test_fx(layer):
-    model, x = layer(), image()
+    model, x = layer().double(), image(dtype=torch.float64)
     traced = torch.fx.symbolic_trace(model)
     torch.testing.assert_close(traced(x), model(x))
-    assert traced(image(5)).shape[0] == 5
+    assert traced(image(5, dtype=torch.float64)).shape[0] == 5
 
 
 @both_layers
 @pytest.mark.filterwarnings('ignore:.*torch.jit:FutureWarning', 'ignore:.*torch.jit:DeprecationWarning')
 def test_torchscript(layer):
-    model, x = layer(), image()
+    model, x = layer().double(), image(dtype=torch.float64)
     scripted = torch.jit.script(model)
     torch.testing.assert_close(scripted(x), model(x))
     buffer = io.BytesIO()
@@ -334,9 +462,9 @@ def test_autocast(layer, dtype):
 @pytest.mark.parametrize('how', ['eager', 'compile', 'export', 'fx', 'script'])
 @pytest.mark.filterwarnings('ignore:.*torch.jit:FutureWarning', 'ignore:.*torch.jit:DeprecationWarning')
 def test_memory_format_is_kept(layer, how):
-    model = layer().eval()
+    model = layer().double().eval()
     for memory_format in (torch.channels_last, torch.contiguous_format):
-        x = image().to(memory_format=memory_format)
+        x = image(dtype=torch.float64).to(memory_format=memory_format)
         run = {
             'eager': lambda: model,
             'compile': lambda: torch.compile(model, fullgraph=True, backend='aot_eager'),

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def fresh(code: str, *options: str, cwd: Path, files: dict[str, str] | None = No
     """Run code in a fresh interpreter that has `files` on its path; returns what it passes to print, and stderr."""
     for name, content in (files or {}).items():
         (cwd / name).write_text(textwrap.dedent(content))
-    path = os.pathsep.join(filter(None, [os.environ.get('PYTHONPATH'), str(cwd)]))
+    path = os.pathsep.join(filter(None, [env.pop('PYTHONPATH', os.environ.get('PYTHONPATH')), str(cwd)]))
     clean = {k: v for k, v in os.environ.items() if not k.endswith('_AUTOLOAD')}
     result = subprocess.run(
         [sys.executable, *options, '-c', PRELUDE + textwrap.dedent(code)],
@@ -227,13 +228,13 @@ def test_warnings_turned_into_errors_do_not_reach_the_import_of_timm(tmp_path):
     assert stderr.count('RuntimeWarning: timm_senetv2 could not register') == 1
 
 
-def test_a_package_that_cannot_be_imported_costs_one_warning_and_not_torch(tmp_path):
+def test_a_package_that_cannot_be_imported_costs_one_warning_and_neither_torch_nor_timm(tmp_path):
     for options, where in ((), 'caught'), (('-W', 'error::RuntimeWarning'), 'stderr'):
         stdout, stderr = fresh(
             """
             sys.modules['timm_senetv2'] = None  # importing it raises ModuleNotFoundError, as if its folder were gone
             with warnings.catch_warnings(record=True) as caught:
-                import torch
+                import torch, timm
             print([w.category.__name__ for w in caught if 'timm_senetv2 could not be loaded' in str(w.message)])
             print(torch.ones(2).sum().item())
         """,
@@ -329,3 +330,194 @@ def test_running_a_module_as_main_registers(tmp_path):
     (tmp_path / 'program.py').write_text(PRELUDE + 'print(len(ours()))')
     result = subprocess.run([sys.executable, '-m', 'program'], cwd=tmp_path, capture_output=True, text=True)
     assert result.stdout.strip() == str(COUNT), result.stderr
+
+
+# ---- other import hooks, a timm imported anew, and whoever looks at timm's spec
+
+# timm's own code fails some of typeguard's checks; only the hook matters here
+TYPEGUARD = """
+    import typeguard
+    typeguard.config.typecheck_fail_callback = lambda error, memo: None
+    typeguard.install_import_hook('timm')
+"""
+
+
+def test_models_are_registered_when_another_import_hook_answers_first(tmp_path):
+    code = f"""
+        import torch, torchvision.models.feature_extraction, huggingface_hub.hf_api, safetensors.torch
+        {textwrap.indent(textwrap.dedent(TYPEGUARD), ' ' * 8).strip()}
+        import timm
+        print(len(ours()), type(timm.models.__loader__).__name__, type(timm.models.__spec__.loader).__name__)
+        print(timm.create_model('cifar_senetv2_resnet20', num_classes=3).num_classes)
+    """
+    stdout, stderr = fresh(code, cwd=tmp_path)
+    assert stdout.split('\n') == [f'{COUNT} TypeguardLoader TypeguardLoader', '3']
+    assert 'Warning: timm_senetv2' not in stderr
+
+
+@pytest.mark.parametrize('package_first', [False, True])
+def test_bypassed_finder_is_made_up_for_by_an_explicit_call(package_first, tmp_path):
+    stdout, _ = fresh(
+        f"""
+        import torch
+        if {package_first}:
+            import timm_senetv2
+        del sys.meta_path[0]  # as if a hook before it answered for all of timm
+        import timm
+        print(len(ours()))
+        import timm_senetv2
+        if {package_first}:
+            timm_senetv2.register()
+        print(len(ours()), timm.is_model('senextv2_50'))
+    """,
+        cwd=tmp_path,
+    )
+    assert stdout.split('\n') == ['0', f'{COUNT} True']
+
+
+def test_timm_imported_anew_gets_the_models_anew(tmp_path):
+    stdout, stderr = fresh(
+        """
+        warnings.simplefilter('error')
+        import timm, timm_senetv2.layers
+        generations = [timm]
+        layer = timm_senetv2.layers.SqueezeAggregatedExcitation
+        for prefix in ('timm.', 'timm'):  # timm alone, then our package too
+            for name in [name for name in sys.modules if f'{name}.'.startswith(prefix)]:
+                del sys.modules[name]
+            import timm
+            generations.append(timm)
+        for i, timm in enumerate(generations):
+            entry = timm.model_entrypoint('senetv2_resnet18')
+            print(
+                len(timm.list_models(module=['senetv2', 'cifar', 'small_cnn'])),
+                [entry is other.model_entrypoint('senetv2_resnet18') for other in generations].count(True),
+                [isinstance(timm.create_model('senetv2_resnet18'), other.models.ResNet) for other in generations],
+                any(isinstance(m, layer) for m in timm.create_model('seanet20').modules()),
+            )
+    """,
+        cwd=tmp_path,
+    )
+    assert stdout.split('\n') == [
+        f'{COUNT} 1 [True, False, False] True',
+        f'{COUNT} 1 [False, True, False] True',
+        f'{COUNT} 1 [False, False, True] False',
+    ]
+
+
+LOOK = """
+    import importlib, importlib.resources, importlib.util, inspect, pickle, pkgutil
+    def look():
+        spec = importlib.util.find_spec('timm.models')
+        direct = [f.find_spec('timm.models', timm.__path__) for f in sys.meta_path if hasattr(f, 'find_spec')]
+        direct = [s for s in direct if s is not None]
+        loader = spec.loader
+        return [
+            spec is getattr(sys.modules.get('timm.models'), '__spec__', None),
+            [pickle.dumps(s.loader) == pickle.dumps(loader) for s in direct[-1:]],
+            {s.loader.__class__.__name__ for s in direct} == {loader.__class__.__name__},
+            all(s.loader == loader and loader == s.loader and s == direct[-1] for s in direct),
+            repr(spec).split(' object')[0], vars(loader), isinstance(loader, importlib.machinery.SourceFileLoader),
+            len(pkgutil.get_data('timm.models', '_hub.py')), loader.is_package('timm.models'),
+            len(loader.get_source('timm.models')), pickle.loads(pickle.dumps(spec)).loader == loader,
+        ]
+"""
+
+
+def test_nobody_sees_the_difference_in_timms_spec_and_loader(tmp_path):
+    """Before, while and after `timm.models` is loaded, through importlib, pkgutil, inspect and pickle."""
+    seen = [
+        fresh(
+            LOOK
+            + """
+    import timm
+    print(look(), type(timm.models.__loader__), timm.models.__loader__ is timm.models.__spec__.loader)
+    print(len(inspect.getsource(timm.models)), (importlib.resources.files('timm.models') / '_hub.py').is_file())
+    spec, facts = timm.models.__spec__, look()
+    print(importlib.reload(timm.models) is timm.models, look() == facts, type(timm.models.__spec__.loader))
+    del sys.modules['timm.models']
+    print(look() == look(), look())
+    spec = importlib.util.find_spec('timm.models')
+    module = sys.modules['timm.models'] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    print(type(module.__spec__.loader), type(module.__loader__), look())
+    """,
+            cwd=tmp_path,
+            TIMM_SENETV2_AUTOLOAD=autoload,
+        )[0]
+        for autoload in '01'
+    ]
+    assert seen[0] == seen[1]
+    assert 'SourceFileLoader' in seen[0]
+
+
+def test_other_loaders_are_left_as_they_are(tmp_path):
+    """A timm in a zip file, and wrapt's hooks around ours and inside it; timm is a stand-in without our needs."""
+    with zipfile.ZipFile(tmp_path / 'timm.zip', 'w') as archive:
+        archive.writestr('timm/__init__.py', 'from . import models')
+        archive.writestr('timm/models/__init__.py', 'import pkgutil; data = pkgutil.get_data(__name__, "data.txt")')
+        archive.writestr('timm/models/data.txt', 'text')
+    code = """
+        sys.path.insert(0, 'timm.zip')
+        import timm_senetv2_autoload, importlib.util, pickle, pkgutil
+        hooked = []
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            if WRAPT == 'inside':
+                import wrapt
+                wrapt.register_post_import_hook(hooked.append, 'timm.models')
+            if AUTOLOAD:
+                timm_senetv2_autoload.autoload()
+            if WRAPT == 'around':
+                import wrapt
+                wrapt.register_post_import_hook(hooked.append, 'timm.models')
+            import timm
+        spec = importlib.util.find_spec('timm.models')
+        print(timm.models.data, pkgutil.get_data('timm.models', 'data.txt'), len(hooked))
+        print(spec.loader.__class__, timm.models.__loader__.__class__, spec is timm.models.__spec__)
+        print(type(spec.loader), type(timm.models.__loader__), len(pickle.dumps(spec)))
+        print(sum('could not register' in str(w.message) for w in caught), file=sys.stderr)
+    """
+    for wrapt in ('', 'inside', 'around'):
+        seen = [
+            fresh(f'WRAPT, AUTOLOAD = {wrapt!r}, {autoload}\n' + textwrap.dedent(code), cwd=tmp_path)
+            for autoload in (False, True)
+        ]
+        assert seen[0][0] == seen[1][0]
+        assert [stderr.strip() for _, stderr in seen] == ['0', '1']
+
+
+def test_import_of_torch_loads_one_small_module(tmp_path):
+    stdout, _ = fresh(
+        """
+        before = set(sys.modules)
+        import timm_senetv2_autoload
+        print(sorted(n for n in set(sys.modules) - before if n.split('.')[0] not in sys.stdlib_module_names))
+        import torch
+        print([n for n in sys.modules if n.startswith('timm')], len([f for f in sys.meta_path if 'Timm' in repr(f)]))
+    """,
+        cwd=tmp_path,
+    )
+    assert stdout.split('\n') == ["['timm_senetv2_autoload']", "['timm_senetv2_autoload'] 1"]
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='a system without fork')
+def test_a_forked_process_registers_for_itself(tmp_path):
+    stdout, _ = fresh(
+        """
+        import os, torch
+        if os.fork() == 0:
+            print(len(ours()), flush=True)
+            os._exit(0)
+        print(os.wait()[1], len(ours()))
+    """,
+        cwd=tmp_path,
+    )
+    assert stdout.split('\n') == [str(COUNT), f'0 {COUNT}']
+
+
+def test_without_the_site_module(tmp_path):
+    path = os.pathsep.join(sys.path)
+    stdout, stderr = fresh('import torch, timm; print(len(ours()))', '-S', cwd=tmp_path, PYTHONPATH=path)
+    assert stdout == str(COUNT)
+    assert 'RuntimeWarning' not in stderr

@@ -1,75 +1,55 @@
 """When and how the models reach timm's registry."""
 
-import importlib.util
+import importlib
 import sys
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+import weakref
 from types import ModuleType
 
-from timm_senetv2_autoload import warn
+from timm_senetv2_autoload import register_after_timm, warn
 
 MODEL_MODULES = ('senetv2', 'cifar', 'small_cnn')
 name_clashes: list[str] = []  # names that timm had before us
 
+_registered_in: 'weakref.WeakSet[ModuleType]' = weakref.WeakSet()  # every `timm.models` so far
+_INDEPENDENT_OF_TIMM = ('timm_senetv2.registration', 'timm_senetv2.errors', 'timm_senetv2.layers')
+
 
 def register() -> None:
-    """Put the models in timm's registry: now if `timm.models` is imported, else right after it will be.
+    """Put the models in timm's registry: now if `timm.models` is imported, and whenever it is imported from now on.
 
     Imports neither torch nor timm itself, never raises, and does nothing the second time. What goes wrong becomes one
-    `RuntimeWarning` when timm is imported; timm and its own models go on working.
+    `RuntimeWarning` when timm is imported; timm and its own models go on working. A `timm.models` that is imported
+    from scratch (after `timm` was purged from `sys.modules`) has an empty registry, and gets the models again.
     """
-    global _registered
-    if _registered:
+    register_after_timm()
+    timm_models = sys.modules.get('timm.models')
+    if timm_models is None or timm_models in _registered_in:
         return
-    _registered = True
-    if 'timm.models' in sys.modules:
-        _register_models()
-    else:
-        sys.meta_path.insert(0, _AfterTimmModels())
+    _forget_modules_of_another_timm(timm_models)
+    _register_models()
+    _registered_in.add(timm_models)
 
 
-_registered = False
+def _forget_modules_of_another_timm(timm_models: ModuleType) -> None:
+    """Purge our modules from `sys.modules` if they were made with a timm that has been purged itself.
 
-
-class _AfterTimmModels(MetaPathFinder):
-    """Finds nothing itself; has the models registered at the end of the import of `timm.models`.
-
-    wrapt has such a hook too, but importing wrapt takes four times as long as all else here does, in every program that
-    imports torch.
+    They are then imported again and made of the new timm's classes. Whoever holds the old ones keeps them, with the
+    old timm.
     """
-
-    _searching = False
-
-    def find_spec(self, fullname, path=None, target=None) -> ModuleSpec | None:
-        if fullname != 'timm.models' or self._searching:
-            return None
-        self._searching = True
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self._searching = False
-        if spec is not None and spec.loader is not None:
-            spec.loader = _ThenRegister(spec.loader)
-        return spec
-
-
-class _ThenRegister(Loader):
-    """Another loader, and after it the registration. The module is left with the other loader."""
-
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__spec__.loader = module.__loader__ = self.loader
-        self.loader.exec_module(module)
-        _register_models()
+    registry = sys.modules.get('timm_senetv2.models._registry')
+    made_with = getattr(registry, 'timm_register_model', None)
+    if made_with is None or made_with is getattr(timm_models, 'register_model', None):
+        return
+    package = sys.modules['timm_senetv2']
+    for name in [name for name in sys.modules if name.startswith('timm_senetv2.')]:
+        if not name.startswith(_INDEPENDENT_OF_TIMM):
+            del sys.modules[name]
+            vars(package).pop(name.removeprefix('timm_senetv2.'), None)
 
 
 def _register_models() -> None:
     failures: dict[str, list[str]] = {}
+    name_clashes.clear()
     for name in MODEL_MODULES:
         try:
             importlib.import_module(f'timm_senetv2.models.{name}')
