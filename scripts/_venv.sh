@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh: the virtual environment .venv of this clone, with this package in it.
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# no cd: with CDPATH exported it would print, and might lead elsewhere
+root=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
 venv=$root/.venv
 python=$venv/bin/python
 state=$venv/.timm-senetv2
@@ -69,8 +70,9 @@ use_venv() {
     echo "Installing into $venv; the first time this takes some minutes, most of them for PyTorch."
     mkdir -p "$state"
     [ -f "$state/ours" ] && echo $$ > "$state/installing"  # what we did not make, we never clear
+    # from within, so that the path may hold any character
     # shellcheck disable=SC2086
-    "$python" -m pip install $quiet --disable-pip-version-check -e "$root[$(IFS=,; echo "$*")]" ||
+    (cd "$root" && "$python" -m pip install $quiet --disable-pip-version-check -e ".[$(IFS=,; echo "$*")]") ||
         fail "the installation failed, see above; run this again to start it over"
     for extra in "$@"; do
         echo "$key" > "$state/$extra"

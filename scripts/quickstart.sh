@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up .venv in this clone, then train the small models on real images: scripts/quickstart.py, with its options.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/_venv.sh"
 
 for argument in "$@"; do
     case $argument in
@@ -12,5 +12,5 @@ for argument in "$@"; do
     esac
 done
 
-use_venv scripts
+use_venv experiments
 exec "$python" "$root/scripts/quickstart.py" "$@"

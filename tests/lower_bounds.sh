@@ -10,7 +10,7 @@ venv=$root/build/lowest
 python=$venv/bin/python
 [ -x "$python" ] || "$host" -m venv "$venv"
 # shellcheck disable=SC2086
-"$python" -m pip install --quiet --disable-pip-version-check $lowest -e "$root[scripts,test]"
+"$python" -m pip install --quiet --disable-pip-version-check $lowest -e "$root[hub,train,export,experiments,test]"
 echo "$("$python" --version)," $lowest
 export OMP_NUM_THREADS=1
 cd "$root"

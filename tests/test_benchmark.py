@@ -1,14 +1,20 @@
-"""scripts/benchmark.py: a small real measurement, and its arithmetic."""
+"""scripts/benchmark.py and experiments/benchmark: small real measurements, and their arithmetic."""
 
 import csv
 import statistics
+import sys
 from pathlib import Path
 
 import benchmark
 import pytest
 import torch
 
+from experiments.benchmark import contestants, report, suite, timing
+from timm_senetv2.errors import UserError, run
+from timm_senetv2.layers import SqueezeAggregatedExcitation
+
 MODELS = ['small_cnn', 'small_saecnn', 'cifar_senetv2_resnet20:reparameterized', 'cifar_senetv2_resnet20:four-branch']
+SMALL = ['--batch-sizes', '2', '--size', '32', '--rounds', '3']
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -18,25 +24,10 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def test_measurement_of_small_models(tmp_path):
     benchmark.main(
-        [
-            '--models',
-            *MODELS,
-            '--baseline',
-            *MODELS[:2],
-            '--batch',
-            '2',
-            '--size',
-            '32',
-            '--rounds',
-            '3',
-            '--out',
-            str(tmp_path),
-            '--name',
-            'trial',
-        ]
+        ['--models', *MODELS, '--baseline', *MODELS[:2], *SMALL, '--out', str(tmp_path), '--name', 'trial', '--profile']
     )
     rows, rounds = read(tmp_path / 'benchmark_trial.csv'), read(tmp_path / 'benchmark_trial_rounds.csv')
-    assert tuple(rows[0]) == benchmark.COLUMNS
+    assert tuple(rows[0]) == report.COLUMNS
     assert [(row['contestant'], row['baseline']) for row in rows] == [(m, b) for m in MODELS for b in MODELS[:2]]
 
     # every model once a round, and the ratios round by round, from the raw times
@@ -48,28 +39,98 @@ def test_measurement_of_small_models(tmp_path):
         assert float(row['ratio_q1']) == pytest.approx((by_round[0] + by_round[1]) / 2, rel=1e-3)
         assert float(row['images_per_s']) == pytest.approx(2000 / statistics.median(times[row['contestant']]), rel=1e-3)
 
+    kernels = read(tmp_path / 'benchmark_trial_kernels.csv')
+    assert {row['contestant'] for row in kernels} == set(MODELS)
+    conv = [r for r in kernels if r['contestant'] == 'small_cnn' and r['kind'] == 'convolutions and matrix products']
+    assert conv and all(float(row['ms']) > 0 for row in conv)
+
     text = (tmp_path / 'benchmark_trial.md').read_text()
     assert all(f'| {m} |' in text for m in MODELS)
     assert (tmp_path / 'benchmark_trial.png').read_bytes().startswith(b'\x89PNG')
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        f'benchmark_trial{end}' for end in ('.csv', '.md', '.png', '_rounds.csv')
+        f'benchmark_trial{end}' for end in ('.csv', '.md', '.png', '_kernels.csv', '_rounds.csv')
     ]
+
+
+def test_every_combination_is_a_setting_with_rows_of_its_own(tmp_path):
+    benchmark.main(
+        ['--models', *MODELS[:2], '--size', '32', '--rounds', '1', '--out', str(tmp_path), '--modes', 'inference']
+        + ['training', '--batch-sizes', '1', '2', '--dtypes', 'float32', 'bfloat16', '--layouts', 'NCHW']
+        + ['channels-last', '--autocast']
+    )
+    rows = read(tmp_path / 'benchmark_custom.csv')
+    found = {tuple(row[c] for c in ('training', 'batch', 'dtype', 'layout', 'autocast')) for row in rows}
+    assert len(found) == 16
+    assert {(row['dtype'], row['autocast']) for row in rows} == {('float32', 'False'), ('bfloat16', 'True')}
+
+
+def test_resume_measures_only_what_is_missing(tmp_path):
+    arguments = ['--models', *MODELS[:2], '--size', '32', '--rounds', '1', '--out', str(tmp_path)]
+    benchmark.main([*arguments, '--batch-sizes', '2'])
+    before = read(tmp_path / 'benchmark_custom.csv')
+    benchmark.main([*arguments, '--batch-sizes', '1', '2', '--resume'])
+    after = read(tmp_path / 'benchmark_custom.csv')
+    assert [row for row in after if row['batch'] == '2'] == before
+    assert [row['batch'] for row in after] == ['1', '1', '2', '2']  # in the order of the command line
+    assert len(read(tmp_path / 'benchmark_custom_rounds.csv')) == 4
+
+
+def test_compiled_models_are_measured_at_every_size_in_one_process(tmp_path):
+    benchmark.main(
+        ['--models', 'small_saecnn', '--size', '32', '--rounds', '1', '--batch-sizes', '1', '2']
+        + ['--compile', '--out', str(tmp_path)]
+    )
+    rows = read(tmp_path / 'benchmark_custom.csv')
+    assert {(row['runtime'], row['batch']) for row in rows} == {('compiled', '1'), ('compiled', '2')}
+
+
+@pytest.mark.parametrize('engine', contestants.ENGINES)
+def test_engines_run_the_exported_model(engine, monkeypatch):
+    """The step of an engine computes what the model computes."""
+    pytest.importorskip(engine)
+    setting = contestants.Setting(runtime=engine, batch=2, size=32)
+    contestant = contestants.engine_contestant('small_saecnn', setting)
+    contestant.step()
+    path = contestants.exported('small_saecnn', 2, 32)
+    x = torch.randn(2, 3, 32, 32)
+    if engine == 'onnxruntime':
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(path)
+        output = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    else:
+        import openvino
+
+        output = openvino.compile_model(path, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})([x.numpy()])[0]
+    torch.manual_seed(0)
+    model = contestants.create('small_saecnn', 32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(output), model(x), rtol=1e-3, atol=1e-4)
+
+
+def test_missing_engine_costs_one_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, 'openvino', None)
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: benchmark.main(['--models', 'small_cnn', '--engines', 'openvino', '--out', str(tmp_path)]))
+    assert stop.value.code == 2
+    assert 'openvino is not installed; pip install openvino' in capsys.readouterr().err
+    experiments = benchmark.chosen(benchmark.parse_args(['--suite', 'engines']))
+    assert {e.setting.runtime for e in experiments} == {'onnxruntime'}
+    assert 'left out: openvino' in capsys.readouterr().err
 
 
 def test_ratios_are_paired_by_round():
     """A machine that slows down threefold halfway does not show in the ratios, as it would in a ratio of medians."""
     baseline, contestant = [1.0, 1.0, 3.0, 3.0, 3.0], [2.0, 2.0, 6.0, 6.0, 3.0]
-    q1, median, q3, difference = benchmark.compare(baseline, contestant)
+    q1, median, q3, difference = timing.compare(baseline, contestant)
     assert (q1, median, q3) == (0.5, 0.5, 0.5)
     assert difference == 1.0
 
 
 def test_every_contestant_runs_in_every_round_in_a_turning_order():
     order = []
-    contestants = {
-        name: benchmark.Contestant(lambda name=name: order.append(name) or 1.0, timed_by_step=True) for name in 'abc'
-    }
-    times = benchmark.measure(contestants, 3, 'cpu', '')
+    trio = {name: timing.Contestant(lambda name=name: order.append(name) or 1.0, timed_by_step=True) for name in 'abc'}
+    times = timing.measure(trio, 3, 'cpu', '')
     assert ''.join(order[-9:]) == 'abcbcacab'
     assert times == {'a': [1.0] * 3, 'b': [1.0] * 3, 'c': [1.0] * 3}
 
@@ -84,22 +145,59 @@ def test_peak_memory_on_cpu():
         del a
         _ = b * 2
 
-    assert benchmark.peak_bytes(benchmark.Contestant(step, lambda: mib), 'cpu') == pytest.approx(9 * mib, rel=1e-3)
+    assert timing.peak_bytes(timing.Contestant(step, lambda: mib), 'cpu') == pytest.approx(9 * mib, rel=1e-3)
 
 
 @pytest.mark.parametrize('training', [False, True])
 def test_peak_memory_of_training_holds_activations_gradients_and_momentum(training):
-    setting = benchmark.Setting(batch=2, size=32, training=training)
-    contestant = benchmark.model_contestant('small_saecnn', setting)
+    setting = contestants.Setting(batch=2, size=32, training=training)
+    contestant = contestants.model_contestant('small_saecnn', setting)
     contestant.step()
-    weights = sum(p.numel() * 4 for p in benchmark.create('small_saecnn').parameters())
-    peak = benchmark.peak_bytes(contestant, 'cpu')
+    weights = sum(p.numel() * 4 for p in contestants.create('small_saecnn').parameters())
+    peak = timing.peak_bytes(contestant, 'cpu')
     assert peak > (3 if training else 1) * weights
     assert contestant.own_bytes() >= (2 if training else 1) * weights
 
 
+def test_kernels_name_what_a_step_spends_its_time_on():
+    x, weight = torch.randn(1, 64, 64, 64), torch.randn(64, 64, 3, 3)
+    rows = timing.kernels(timing.Contestant(lambda: torch.conv2d(x, weight).exp_()), 'cpu')
+    assert rows[0][1] == 'convolutions and matrix products'
+    exp = next(row for row in rows if row[0] == 'aten::exp_')
+    assert exp[1] == 'element by element' and exp[2] == 1 and 0 < exp[3] < rows[0][3]
+
+
+@pytest.mark.parametrize(
+    'kernel, kind',
+    [
+        ('sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc', 'convolutions and matrix products'),
+        ('void cudnn::bn_fw_tr_1C11_kernel_NCHW<float, float, int, 512>', 'norm'),
+        ('triton_red_fused_native_batch_norm_backward_12', 'fused by the compiler'),
+        ('void at::native::multi_tensor_apply_kernel<at::native::TensorListMetadata>', 'optimizer'),
+        ('void at::native::vectorized_elementwise_kernel<4, at::native::sigmoid>', 'element by element'),
+    ],
+)
+def test_kinds_of_kernels(kernel, kind):
+    assert timing.kind_of(kernel) == kind
+
+
+def test_norms_are_random_so_that_attention_matters():
+    """timm's last norm of a branch starts at zero, which would hide the branch and its gates."""
+    torch.manual_seed(0)
+    model = contestants.create('senetv2_resnet18', 32)
+    assert model.layer1[0].bn2.weight.abs().min() > 0.1
+    assert model.layer4[1].bn2.running_mean.abs().max() > 0
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        before = model.eval()(x)
+        for name, parameter in model.named_parameters():
+            if 'se.fc2.bias' in name:
+                parameter += 1
+        assert (model(x) - before).abs().max() > 1e-3 * before.abs().max()
+
+
 def test_four_branches_are_timms_blocks_with_as_many_parameters():
-    ours, theirs = benchmark.create('senetv2_resnet18'), benchmark.create('senetv2_resnet18:four-branch')
+    ours, theirs = contestants.create('senetv2_resnet18'), contestants.create('senetv2_resnet18:four-branch')
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
     types = {type(m).__name__ for m in theirs.modules()}
     assert 'FourBranchSaE' in types and 'BasicBlock' in types
@@ -108,32 +206,40 @@ def test_four_branches_are_timms_blocks_with_as_many_parameters():
 
 def test_four_branch_layer_computes_sae():
     """The layer compared with is the same function of the same weights, so the comparison is of speed alone."""
-    four, ours = benchmark.FourBranchSaE(64), benchmark.SqueezeAggregatedExcitation(64)
+    four, ours = contestants.FourBranchSaE(64).double(), SqueezeAggregatedExcitation(64).double()
     with torch.no_grad():
         for k, branch in enumerate(four.branches):
             ours.fc1.weight[2 * k : 2 * k + 2] = branch[0].weight
             ours.fc1.bias[2 * k : 2 * k + 2] = branch[0].bias
         ours.fc2.load_state_dict(four.excite[0].state_dict())
-    x = torch.randn(2, 64, 5, 5)
+    x = torch.randn(2, 64, 5, 5, dtype=torch.float64)
     torch.testing.assert_close(ours(x), four(x))
 
 
-@pytest.mark.parametrize('device', ['cpu', 'cuda'])
-def test_suite_measures_what_the_targets_ask(device):
-    """Every target of the device finds its row; that is what makes a target's line more than "not measured"."""
-    experiments = {e.title: e for e in benchmark.suite(device, quick=False)}
-    for target in benchmark.targets():
-        if target.experiment.setting.device == device:
-            experiment = experiments[target.experiment.title]
-            assert target.baseline in experiment.baselines
+def test_suite_of_a_cpu_has_every_setting_that_matters():
+    """Our model and both of timm's, at each batch, layout, dtype and runtime of which the tables speak."""
+    experiments = {e.title: e for part in suite.suite('cpu').values() for e in part}
+    for layout in 'NCHW', 'channels-last':
+        for what in (
+            *(f'inference, cpu, eager, float32, {layout}, batch {n}' for n in (1, 8, 32)),
+            *(f'inference, cpu, eager, bfloat16, {layout}, batch {n}' for n in (1, 8)),
+            *(f'inference, cpu, compiled, float32, {layout}, batch {n}' for n in (1, 8)),
+            *(f'training step, cpu, {r}, float32, {layout}, batch 8' for r in ('eager', 'compiled')),
+        ):
+            assert experiments[f'models, {what}'].baselines == ('resnet50', 'seresnet50')
+    for engine in contestants.ENGINES:
+        for n in 1, 8:
+            assert f'models, inference, cpu, {engine}, float32, NCHW, batch {n}' in experiments
 
 
-def test_target_line_says_met_missed_or_not_measured():
-    target = benchmark.targets()[0]
-    row = dict(experiment=target.experiment.title, contestant=target.contestant, baseline=target.baseline)
-    assert target.line([]).endswith('| not measured | |')
-    assert target.line([row | dict(ratio='1.0301')]).endswith('| 1.03 | yes |')
-    assert target.line([row | dict(ratio='1.0299')]).endswith('| 1.03 | no |')
+def test_suite_of_a_gpu_has_every_setting_that_matters():
+    experiments = {e.title: e for part in suite.suite('cuda').values() for e in part}
+    for runtime in 'eager', 'compiled', 'compiled, max-autotune':
+        for n in 1, 64, 256:
+            assert experiments[f'models, inference, cuda, {runtime}, bfloat16, channels-last, batch {n}'].profiled
+        for n in 128, 256:
+            title = f'models, training step, cuda, {runtime}, bfloat16 by autocast, channels-last, batch {n}'
+            assert experiments[title].baselines == ('resnet50', 'seresnet50')
 
 
 @pytest.mark.parametrize(
@@ -143,9 +249,13 @@ def test_target_line_says_met_missed_or_not_measured():
         (['--models', 'cifar_senetv2_resnet20:fast'], "unknown variant 'fast'"),
         (['--models', 'cifar_resnet20:four-branch'], 'no SaE blocks'),
         (['--models', 'small_cnn', '--baseline', 'resnet50'], "baseline 'resnet50' is not among the models"),
-        (['--models', 'cifar_senetv2_resnet20:reparameterized', '--train'], 'no norms left to train'),
+        (['--models', 'cifar_senetv2_resnet20:reparameterized', '--modes', 'training'], 'no norms left to train'),
         (['--rounds', '0'], 'not a whole number above zero'),
-        (['--dtype', 'int8'], 'invalid choice'),
+        (['--dtypes', 'int8'], 'invalid choice'),
+        (['--suite', 'everything'], "no part 'everything'; its parts: inference"),
+        (['--compile-mode', 'max-autotune'], 'with --compile only'),
+        (['--engines', 'onnxruntime', '--dtypes', 'bfloat16'], 'measures inference in float32 on a CPU'),
+        (['--engines', 'onnxruntime', '--layouts', 'channels-last'], 'chooses its own layout'),
         pytest.param(
             ['--device', 'cuda'],
             'no CUDA device',
@@ -158,60 +268,63 @@ def test_bad_input_costs_one_line_and_exit_code_2(arguments, message, tmp_path, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'taken').touch()
     with pytest.raises(SystemExit) as stop:
-        benchmark.run(lambda: benchmark.main(arguments))
+        run(lambda: benchmark.main(arguments))
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert message in error and 'Traceback' not in error
     assert [p.name for p in tmp_path.iterdir()] == ['taken']
 
 
+def test_files_of_another_version_are_not_resumed(tmp_path):
+    (tmp_path / 'benchmark_custom.csv').write_text('experiment,contestant\na,b\n')
+    with pytest.raises(UserError, match='its columns differ'):
+        benchmark.main(['--models', 'small_cnn', '--resume', '--out', str(tmp_path)])
+
+
 def test_import_cost_is_measured_in_fresh_interpreters():
     """With and without the plugin, which has to be installed."""
-    seconds = benchmark.import_contestant('json', plugin=False).step()
+    seconds = contestants.import_contestant('json', plugin=False).step()
     assert 0 < seconds < 60
-    with pytest.raises(benchmark.UserError, match='install it first'):
-        benchmark.import_contestant('json', plugin=True).step()
+    with pytest.raises(UserError, match='install it first'):
+        contestants.import_contestant('json', plugin=True).step()
 
 
-def test_suite_writes_targets_and_a_table_an_experiment(tmp_path, monkeypatch):
-    setting = benchmark.Setting(batch=2)
+def test_suite_writes_a_table_an_experiment_and_the_speed_of_all_models(tmp_path, monkeypatch):
+    setting = contestants.Setting(batch=2)
+    small = contestants.Setting(batch=2, size=32, training=True)
     monkeypatch.setattr(
-        benchmark,
+        suite,
         'suite',
-        lambda device, quick: [
-            benchmark.sae_experiment(2048, 7, benchmark.CPU, 3),
-            benchmark.aggregation_experiment(128, 8, setting, 3, backward=False),
-            benchmark.aggregation_experiment(128, 8, setting, 3, backward=True),
-            benchmark.models_experiment(
-                ['small_cnn', 'small_saecnn'], ['small_cnn'], benchmark.Setting(batch=2, size=32, training=True), 3
-            ),
-        ],
+        lambda device, quick=False: {
+            'models': [suite.models_experiment(['small_cnn', 'small_saecnn'], ['small_cnn'], small, 3)],
+            'layers': [
+                suite.sae_experiment(2048, 7, setting, 3),
+                suite.aggregation_experiment(128, 8, setting, 3, backward=False),
+                suite.aggregation_experiment(128, 8, setting, 3, backward=True),
+            ],
+        },
     )
-    benchmark.main(['--suite', '--out', str(tmp_path)])
+    benchmark.main(['--suite', 'layers', '--out', str(tmp_path)])
+    benchmark.main(['--suite', '--resume', '--out', str(tmp_path)])
     text = (tmp_path / 'benchmark_cpu.md').read_text()
     assert text.count('\n**') == 4
-    lines = [line for line in text.splitlines() if 'SaE layer 2048x7x7' in line and '≥' in line]
-    assert len(lines) == 2 and 'not measured' not in lines[0] and 'not measured' in lines[1]
     rows = read(tmp_path / 'benchmark_cpu.csv')
-    assert {row['contestant'] for row in rows} == {
-        'SaE',
-        'four-branch SaE',
-        'clone',
-        'aggregation',
-        'small_cnn',
-        'small_saecnn',
-    }
+    names = ['small_cnn', 'small_saecnn', 'four-branch SaE', 'SaE', 'clone', 'aggregation']
+    assert list(dict.fromkeys(row['contestant'] for row in rows)) == names  # in the suite's order
     assert all(float(row['peak_ratio']) > 0 for row in rows if row['contestant'].startswith('small'))
+    ratio = float(next(row['ratio'] for row in rows if row['contestant'] == 'small_saecnn'))
+    line = next(line for line in text.splitlines() if line.startswith('| training step, cpu, eager, float32, NCHW'))
+    assert line.endswith(f'| {ratio:.3f} |')
 
 
-def test_imports_alone_are_measured_against_their_budget(tmp_path):
+def test_imports_alone_are_measured(tmp_path):
     benchmark.main(['--imports', '--rounds', '1', '--out', str(tmp_path)])
     rows = read(tmp_path / 'benchmark_imports.csv')
     assert [row['experiment'] for row in rows] == ['import torch'] * 3 + ['import timm'] * 3
     text = (tmp_path / 'benchmark_imports.md').read_text()
-    for module, budget, i in ('torch', 5, 0), ('timm', 60, 3):
-        _, whole, alone = rows[i : i + 3]
-        assert f'| import {module}, added ms, difference of whole imports | ≤ {budget} | ' in text
-        assert f'{float(whole["difference_ms"]):.3g} |' in text
-        assert f'| import {module}, added ms, registration alone | ≤ {budget} | {float(alone["ms"]):.3g} |' in text
-        assert 0 < float(alone['ms']) < 5000
+    for i in 0, 3:
+        alone, whole, registration = rows[i : i + 3]
+        assert f'| {whole["difference_ms"]} |' in text
+        added = float(whole['ms']) - float(alone['ms'])
+        assert float(whole['difference_ms']) == pytest.approx(added, rel=1e-2, abs=2)
+        assert 0 < float(registration['ms']) < 5000

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from _cli import UserError
-from _data import ImageError, load_dataset
 from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data import create_loader
+
+from experiments.data import ImageError, load_dataset
+from timm_senetv2.errors import UserError
 
 NAMES = ('train-images-idx3-ubyte', 'train-labels-idx1-ubyte', 't10k-images-idx3-ubyte', 't10k-labels-idx1-ubyte')
 
@@ -45,7 +46,7 @@ def write_fashion_mnist(folder: Path, compress: bool = True) -> dict[str, np.nda
 
 
 def write_images(folder: Path, counts: dict[str, int]) -> None:
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(len(str(folder)))
     for label, count in counts.items():
         (folder / label).mkdir(parents=True)
         for i in range(count):

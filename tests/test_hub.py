@@ -9,17 +9,19 @@ import sys
 import time
 
 import huggingface_hub
-import push_to_hub
 import pytest
 import timm
 import torch
-from _profile import count
 from hub_server import HubServer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 from timm.models import get_pretrained_cfg
 
 from timm_senetv2 import hub
+from timm_senetv2.commands import main
+from timm_senetv2.errors import UserError
+from timm_senetv2.files import MARK
+from timm_senetv2.hub.retry import attempt
 
 TOKEN, READER = 'hf_sentinelWRITE', 'hf_sentinelREAD'
 COMMIT, PUT = r'/api/models/me/x/commit/', r'/lfs/upload/'
@@ -71,7 +73,7 @@ def model(trained):
 def folder(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp('written') / 'x'
     facts = hub.Facts()
-    hub.write_files(model, folder, hub.render_card(model, 'me/x', facts, count), facts)
+    hub.write_files(model, folder, hub.render_card(model, 'me/x', facts), facts)
     return folder
 
 
@@ -133,7 +135,7 @@ def test_push_after_a_change_uploads_only_what_changed(server, push, folder, mod
     push()
     changed = tmp_path / 'x'
     facts = hub.Facts(limits='Only for tests.')
-    hub.write_files(model, changed, hub.render_card(model, 'me/x', facts, count), facts)
+    hub.write_files(model, changed, hub.render_card(model, 'me/x', facts), facts)
     hub.push(changed, 'me/x', model, token=TOKEN, endpoint=server.url)
     assert pushed_files(server.model('me/x')) == contents(changed) != contents(folder)
     assert sum(method == 'PUT' for method, _ in server.requests) == 1
@@ -215,7 +217,7 @@ def test_pull_request_whose_answer_was_lost_is_not_opened_twice(server, push, fo
 )
 def test_push_that_fails_leaves_nothing_and_the_next_finishes(server, push, folder, method, path, fault, says):
     injected = server.fault(method, path, times=10**6, **fault)
-    with pytest.raises(hub.HubError, match=says):
+    with pytest.raises(UserError, match=says):
         push()
     assert injected.hits
     assert pushed_files(server.model('me/x')) == {}
@@ -235,7 +237,7 @@ def test_push_whose_answers_are_lost_for_good_is_found_complete_by_the_next(serv
 
 def test_push_gives_up_after_a_few_growing_waits(server, push, naps):
     server.fault('GET', '/whoami-v2', times=10**6, status=503)
-    with pytest.raises(hub.HubError, match='status 503'):
+    with pytest.raises(UserError, match='status 503'):
         push(attempts=4, wait=2.0)
     assert naps == [2.0, 4.0, 8.0]
 
@@ -243,7 +245,7 @@ def test_push_gives_up_after_a_few_growing_waits(server, push, naps):
 def test_push_without_a_hub_says_so(folder, model, server, naps):
     with HubServer() as gone:
         url = gone.url
-    with pytest.raises(hub.HubError, match='connection to the Hub failed'):
+    with pytest.raises(UserError, match='connection to the Hub failed'):
         hub.push(folder, 'me/x', model, token=TOKEN, endpoint=url)
 
 
@@ -261,7 +263,7 @@ def test_push_without_a_hub_says_so(folder, model, server, naps):
     ],
 )
 def test_push_that_may_not_be_says_why_at_once(server, push, naps, kwargs, says):
-    with pytest.raises(hub.HubError, match=says):
+    with pytest.raises(UserError, match=says):
         push(**kwargs)
     assert not naps
     assert all(not pushed_files(repo) for repo in server.repos.values())
@@ -269,14 +271,14 @@ def test_push_that_may_not_be_says_why_at_once(server, push, naps, kwargs, says)
 
 def test_push_without_a_token_asks_for_one(server, push, monkeypatch):
     monkeypatch.setattr('timm_senetv2.hub.upload.get_token', lambda: None)
-    with pytest.raises(hub.HubError, match='hf auth login'):
+    with pytest.raises(UserError, match='hf auth login'):
         push(token=None)
     assert not server.requests
 
 
 def test_push_to_a_name_that_is_no_model_repository_says_so(server, push):
     taken = server.add_repo('me/x', repo_type='dataset')
-    with pytest.raises(hub.HubError, match='me/x is not there as a model repository.*choose another'):
+    with pytest.raises(UserError, match='me/x is not there as a model repository.*choose another'):
         push()
     assert pushed_files(taken) == {}
 
@@ -288,14 +290,14 @@ def test_push_detects_a_changed_byte_in_what_the_hub_serves(server, push, name):
         return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
 
     server.fault('GET', '/cdn/' if name == 'model.safetensors' else f'/resolve/.*/{name}', edit=flip)
-    with pytest.raises(hub.HubError, match=f'serves another {re.escape(name)} than was pushed'):
+    with pytest.raises(UserError, match=f'serves another {re.escape(name)} than was pushed'):
         push()
     assert not push().new  # served right this time, the same push confirms it
 
 
 def test_push_detects_other_logits_than_those_of_the_model(server, push):
     torch.manual_seed(5)
-    with pytest.raises(hub.HubError, match='other logits'):
+    with pytest.raises(UserError, match='other logits'):
         push(model=timm.create_model('small_saecnn').eval())
 
 
@@ -307,10 +309,134 @@ def test_token_goes_to_no_other_host(server, push):
 
 def test_no_error_holds_the_token_even_where_the_hub_repeats_it(server, push):
     server.fault('POST', COMMIT, status=418, headers={'X-Error-Message': f'no coffee for {TOKEN}'})
-    with pytest.raises(hub.HubError, match='no coffee for <token>') as caught:
+    with pytest.raises(UserError, match='no coffee for <token>') as caught:
         push()
     assert TOKEN not in str(caught.value)
     assert caught.value.__cause__ is None and caught.value.__context__ is None
+
+
+# Safe hands
+
+
+def test_private_push_to_a_public_repository_is_refused_before_anything_is_sent(server, push):
+    public = server.add_repo('me/x', {'README.md': b'mine'})
+    before = dict(public.commits)
+    with pytest.raises(UserError, match='there already, and public: nothing was sent'):
+        push(private=True)
+    assert public.commits == before and not public.private
+    assert {method for method, _ in server.requests} == {'GET'}
+
+
+def test_private_push_to_a_private_repository_of_ours_goes_on(server, push, folder):
+    push(private=True)
+    server.model('me/x').commit({}, 'main', server.model('me/x').refs['main'])
+    assert push(private=True).new
+    assert pushed_files(server.model('me/x')) == contents(folder)
+
+
+@pytest.mark.parametrize('body', [b'{}', b'[]', b'null', b'7', b'"x"', b'no json', b'\xff\xfe', b'', b'{"id": []}'])
+@pytest.mark.parametrize(
+    'method, path',
+    [
+        ('GET', '/whoami-v2'),
+        ('POST', '/repos/create'),
+        ('GET', r'/api/models/me/x/revision'),
+        ('POST', '/preupload/'),
+        ('POST', '/objects/batch'),
+        ('POST', COMMIT),
+    ],
+)
+def test_answer_that_makes_no_sense_is_one_line_or_harmless(server, push, folder, method, path, body):
+    server.fault(method, path, times=10**6, edit=lambda _: body)
+    try:
+        push(attempts=2)
+    except UserError as e:
+        assert '\n' not in str(e) and 'could not' in str(e)
+    server.faults.clear()
+    push()
+    assert pushed_files(server.model('me/x')) == contents(folder)
+
+
+@pytest.mark.parametrize(
+    'asked, waited',
+    [
+        ('7', 7),
+        ('\u00b2', 2),  # a digit, and no number
+        ('-5', 2),
+        ('9' * 400, 60),
+        ('soon', 2),
+        ('Fri, 31 Dec 2100 23:59:59 GMT', 60),
+        ('Fri, 31 Dec 1999 23:59:59 GMT', 2),
+        ('Fri, 99 Dec 1999', 2),
+    ],
+)
+def test_wish_for_a_later_try_is_obeyed_within_reason(monkeypatch, naps, asked, waited):
+    answer = huggingface_hub.errors.HfHubHTTPError('busy', response=Answer(429, {'Retry-After': asked}))
+    tries = [answer, None]
+
+    def action():
+        if error := tries.pop(0):
+            raise error
+
+    attempt('try', action)
+    assert naps == [waited]
+
+
+class Answer:
+    """As much of a response as an error of huggingface_hub needs."""
+
+    request = None
+    text = ''
+
+    def __init__(self, status_code: int, headers: dict[str, str]) -> None:
+        self.status_code, self.headers = status_code, headers
+
+
+@pytest.mark.parametrize(
+    'repo_id, revision',
+    [
+        ('x', 'main'),
+        ('me/x/y', 'main'),
+        ('me/--x', 'main'),
+        ('me/x\n', 'main'),
+        ('../x', 'main'),
+        ('me/x', ''),
+        ('me/x', 'a b'),
+        ('me/x', '../../main'),
+        ('me/x', 'a..b'),
+        ('me/x', '-v'),
+        ('me/x', 'x.lock'),
+        ('me/x', 'a\x1b[2J'),
+    ],
+)
+def test_names_are_checked_in_dry_runs_too(tmp_path, capsys, repo_id, revision):
+    command = ['push', '--model', 'cifar_resnet20', '--pretrained', 'fmnist', f'--repo-id={repo_id}']
+    with pytest.raises(SystemExit) as done:
+        main([*command, f'--revision={revision}', '--dry-run', str(tmp_path / 'out')])
+    err = capsys.readouterr().err
+    assert done.value.code == 2 and err.startswith('error: ') and err.count('\n') == 1 and err[:-1].isprintable()
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_replaces_its_own_folder_and_no_other(tmp_path, capsys):
+    def dry_run(folder):
+        command = ['push', '--model', 'cifar_resnet20', '--pretrained', 'fmnist', '--repo-id', 'me/x']
+        with pytest.raises(SystemExit) as done:
+            main([*command, '--dry-run', str(folder)])
+        return done.value.code, capsys.readouterr().err
+
+    clone = tmp_path / 'clone'
+    clone.mkdir()
+    (clone / 'README.md').write_text('mine')
+    code, err = dry_run(clone)
+    assert code == 2 and 'was not written by push' in err and err.count('\n') == 1
+    assert (clone / 'README.md').read_text() == 'mine' and len(list(clone.iterdir())) == 1
+    assert [dry_run(tmp_path / 'out')[0] for _ in range(2)] == [None, None]
+    (tmp_path / 'out' / 'README.md').write_text('edited')
+    code, err = dry_run(tmp_path / 'out')
+    assert code == 2 and 'its README.md was changed' in err
+    code, err = dry_run('')  # as "$unset" gives it: still no push
+    assert code == 2 and 'the name is empty' in err
 
 
 # Loading what was pushed
@@ -335,7 +461,7 @@ def test_options_of_the_model_come_back_from_the_hub(as_default_hub, tmp_path, n
         sae_reduction=4,
     )
     facts = hub.Facts(labels=list('abcdefg'), license='mit')
-    hub.write_files(model, tmp_path / 'x', hub.render_card(model, 'me/x', facts, count), facts)
+    hub.write_files(model, tmp_path / 'x', hub.render_card(model, 'me/x', facts), facts)
     hub.push(tmp_path / 'x', 'me/x', model, token=TOKEN, endpoint=as_default_hub.url)
     loaded = timm.create_model('hf-hub:me/x', pretrained=True, cache_dir=tmp_path / 'cache')
     assert torch.equal(logits(loaded), logits(given))
@@ -399,7 +525,7 @@ def test_lifted_weights_come_out_the_same_every_time(as_default_hub, tmp_path, m
 
 def test_source_that_the_hub_does_not_have_is_a_clear_error(as_default_hub, tmp_path, monkeypatch, naps):
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
-    with pytest.raises(hub.HubError, match='could not load .*: timm/seresnext26t_32x4d.bt_in1k is not there'):
+    with pytest.raises(UserError, match='could not load .*: timm/seresnext26t_32x4d.bt_in1k is not there'):
         hub.build('senextv2_26t_32x4d', tag='se_bt_in1k')
     assert not naps
 
@@ -415,49 +541,64 @@ def _without(state, key):
 @pytest.mark.parametrize(
     'change, kwargs, says',
     [
-        (lambda s: _without(s, 'layer2.conv.weight'), {}, r'lacks layer2.conv.weight, of shape \(64, 32, 3, 3\)'),
-        (lambda s: {**s, 'extra.weight': torch.ones(1)}, {}, 'has no extra.weight'),
+        (
+            lambda s: _without(s, 'layer2.conv.weight'),
+            {},
+            r'nothing is in the file only, layer2.conv.weight \(64, 32, 3, 3\) in the model only',
+        ),
+        (
+            lambda s: {**s, 'extra.weight': torch.ones(1)},
+            {},
+            r'extra.weight \(1,\) is in the file only, nothing in the model only',
+        ),
         (
             lambda s: {**s, 'fc.weight': torch.ones(7, 128)},
-            {},
-            r'fc.weight has the shape \(7, 128\) instead of \(10, 128\)'
-            '; give the number of classes',
+            dict(num_classes=10),
+            r'fc.weight has the shape \(7, 128\) in the file and \(10, 128\) in the model',
         ),
         (lambda s: {**s, 'fc.bias': torch.full((10,), torch.nan)}, {}, 'fc.bias holds NaN'),
         (lambda s: {'state_dict': s}, dict(ema=True), r'no averaged \(EMA\) weights'),
-        (lambda s: {'state_dict': s, 'more': Opaque()}, {}, 'cannot be read as a checkpoint'),
+        (lambda s: {'state_dict': s, 'more': Opaque()}, {}, 'refused: reading it would run .*Opaque'),
         (lambda s: [s], {}, 'holds no state dict but a list'),
-        (lambda s: {'epoch': 3}, {}, "no state dict: its 'epoch' is not a tensor"),
+        (lambda s: {'epoch': 3}, {}, 'no state dict; its keys are epoch'),
         (lambda s: {}, {}, 'no state dict'),
+        (lambda s: {**s, 'a\nerror: b': torch.ones(1)}, {}, r'a\\nerror: b \(1,\) is in the file only'),
+        (lambda s: {**s, 3: torch.ones(1)}, {}, 'its key 3 is not a name'),
+        (lambda s: {**s, 'fc.bias': torch.ones(10).to_sparse()}, {}, 'is a sparse tensor'),
+        (lambda s: {**s, 'fc.bias': torch.ones(10, device='meta')}, {}, 'has no values'),
+        (lambda s: {**s, 'fc.bias': torch.ones(1).expand(10**6, 10**6)}, {}, 'fewer values than that'),
+        (lambda s: {**s, 'fc.bias': torch.ones(2**40, 0)}, {}, 'fc.bias has the shape'),
+        (lambda s: {**s, 'fc.bias': torch.ones(10, dtype=torch.int64)}, {}, 'holds int64 where float32 belongs'),
+        (lambda s: {**s, 'fc.bias': torch.full((10,), 1e300, dtype=torch.float64)}, {}, 'fc.bias holds NaN or inf'),
     ],
 )
 def test_build_refuses_a_checkpoint_that_does_not_fit(trained, tmp_path, change, kwargs, says):
     state = torch.load(trained, weights_only=False)['state_dict_ema']
     torch.save(change(state), tmp_path / 'w.pth')
-    with pytest.raises(hub.HubError, match=says):
+    with pytest.raises(UserError, match=says):
         hub.build('small_saecnn', checkpoint=tmp_path / 'w.pth', **kwargs)
 
 
 @pytest.mark.parametrize('name', ['w.safetensors', 'w.pth'])
 def test_build_refuses_a_damaged_file(trained, tmp_path, name):
     (tmp_path / name).write_bytes(trained.read_bytes()[:1000])
-    with pytest.raises(hub.HubError, match=f'{name} (is damaged|cannot be read)'):
+    with pytest.raises(UserError, match=f'{name} is not a checkpoint, or it is damaged'):
         hub.build('small_saecnn', checkpoint=tmp_path / name)
 
 
 @pytest.mark.parametrize(
     'args, says',
     [
-        (dict(name='resnet50', checkpoint='w.pth'), 'not a model of timm_senetv2'),
-        (dict(name='senetv2_resnet05', checkpoint='w.pth'), 'do you mean senetv2_resnet'),
-        (dict(name='small_saecnn', checkpoint='w.pth'), 'there is no file w.pth'),
+        (dict(name='resnet50', checkpoint='w.pth'), 'not one of our models'),
+        (dict(name='senetv2_resnet05', checkpoint='w.pth'), 'did you mean senetv2_resnet'),
+        (dict(name='small_saecnn', checkpoint='w.pth'), 'cannot read w.pth: there is no such file'),
         (dict(name='small_saecnn', tag='none'), "no pretrained weights with the tag 'none'"),
         (dict(name='small_saecnn'), 'either a pretrained tag or a checkpoint'),
         (dict(name='small_saecnn', tag='none', ema=True), 'come from a checkpoint'),
     ],
 )
 def test_build_refuses_what_is_not_there(args, says):
-    with pytest.raises(hub.HubError, match=says):
+    with pytest.raises(UserError, match=says):
         hub.build(**args)
 
 
@@ -465,12 +606,12 @@ def test_build_refuses_what_is_not_there(args, says):
 
 
 def written_config(model, folder, facts):
-    hub.write_files(model, folder, hub.render_card(model, 'me/x', facts, count), facts)
+    hub.write_files(model, folder, hub.render_card(model, 'me/x', facts), facts)
     return json.loads((folder / 'config.json').read_text())
 
 
 def test_config_and_weights_are_timms_and_no_pickle(folder, trained):
-    assert sorted(p.name for p in folder.iterdir()) == sorted(hub.FILES)
+    assert sorted(p.name for p in folder.iterdir()) == sorted((MARK, *hub.FILES))
     config = json.loads((folder / 'config.json').read_text())
     assert config['architecture'] == 'small_saecnn'
     assert 'tag' not in config['pretrained_cfg']
@@ -486,7 +627,7 @@ def test_all_files_have_the_permissions_of_any_new_file(folder, tmp_path):
 
 def test_writing_twice_gives_the_same_bytes(trained, folder, tmp_path):
     model, facts = hub.build('small_saecnn', checkpoint=trained), hub.Facts()
-    hub.write_files(model, tmp_path / 'x', hub.render_card(model, 'me/x', facts, count), facts)
+    hub.write_files(model, tmp_path / 'x', hub.render_card(model, 'me/x', facts), facts)
     assert contents(tmp_path / 'x') == contents(folder)
 
 
@@ -510,14 +651,14 @@ def test_shipped_weights_are_written_with_their_labels_and_card(tmp_path):
 def test_full_disk_leaves_the_folder_as_it_was(model, folder, tmp_path, monkeypatch, error):
     out = tmp_path / 'x'
     facts = hub.Facts()
-    hub.write_files(model, out, hub.render_card(model, 'me/x', facts, count), facts)
+    hub.write_files(model, out, hub.render_card(model, 'me/x', facts), facts)
 
     def full(*_args, **_kwargs):
         raise error
 
     monkeypatch.setattr('safetensors.torch.save_file', full)
-    with pytest.raises(hub.HubError, match='the disk is full'):
-        hub.write_files(model, out, hub.render_card(model, 'me/y', facts, count), facts)
+    with pytest.raises(UserError, match='the disk is full'):
+        hub.write_files(model, out, hub.render_card(model, 'me/y', facts), facts)
     assert contents(out) == contents(folder)
     assert list(tmp_path.iterdir()) == [out]
 
@@ -528,7 +669,9 @@ def test_dry_run_on_a_disk_that_is_really_full(trained, tmp_path):
         pytest.skip('this system lets no user mount a small file system')
     command = [
         sys.executable,
-        push_to_hub.__file__,
+        '-m',
+        'timm_senetv2',
+        'push',
         '--model',
         'small_saecnn',
         '--checkpoint',
@@ -550,13 +693,13 @@ def test_dry_run_on_a_disk_that_is_really_full(trained, tmp_path):
         text=True,
     )
     assert done.stdout == 'code 2\n'  # and nothing is left in the folder
-    assert done.stderr == f'error: cannot write {tmp_path}/x: the disk is full\n'
+    assert done.stderr == f'error: cannot write {tmp_path}/x: the disk is full; free some space and run it again\n'
 
 
 def test_files_are_not_written_over_a_file(model, tmp_path):
     (tmp_path / 'x').write_text('mine')
-    with pytest.raises(hub.HubError, match='is a file; give a folder'):
-        hub.write_files(model, tmp_path / 'x', hub.render_card(model, 'me/x', hub.Facts(), count), hub.Facts())
+    with pytest.raises(UserError, match='is a file; name a new folder'):
+        hub.write_files(model, tmp_path / 'x', hub.render_card(model, 'me/x', hub.Facts()), hub.Facts())
     assert (tmp_path / 'x').read_text() == 'mine'
 
 
@@ -581,7 +724,7 @@ limits: Only for clothes.
 def test_card_states_the_facts_and_its_metadata_holds_them(model, tmp_path):
     (tmp_path / 'facts.yaml').write_text(FACTS)
     (tmp_path / 'table.csv').write_text('model,seed,top1\nsmall_cnn,3,1.5\nsmall_saecnn,2,2.5\nsmall_saecnn,3,91.25\n')
-    card = hub.render_card(model, 'me/x', hub.load_facts(tmp_path / 'facts.yaml'), count)
+    card = hub.render_card(model, 'me/x', hub.load_facts(tmp_path / 'facts.yaml'))
     read = huggingface_hub.ModelCard(str(card)).data.to_dict()
     assert read['library_name'] == 'timm' and read['pipeline_tag'] == 'image-classification'
     assert read['license'] == 'mit' and read['datasets'] == ['fashion_mnist'] and 'base_model' not in read
@@ -615,37 +758,84 @@ def test_card_takes_command_and_hyperparameters_from_a_table(model, tmp_path):
     (tmp_path / 'table.csv').write_text(
         'model,seed,epochs,amp,how\nsmall_saecnn,2,5,,python two.py\nsmall_saecnn,3,7,,python three.py\n'
     )
-    text = hub.render_card(model, 'me/x', hub.load_facts(tmp_path / 'facts.yaml'), count).text
+    text = hub.render_card(model, 'me/x', hub.load_facts(tmp_path / 'facts.yaml')).text
     assert 'python three.py' in text and '| epochs | 7 |' in text and 'amp' not in text and 'two.py' not in text
 
     (tmp_path / 'facts.yaml').write_text('training: {file: table.csv, command: how, hyperparameters: [epochs]}')
-    with pytest.raises(hub.HubError, match='2 rows of training'):
-        hub.render_card(model, 'me/x', hub.load_facts(tmp_path / 'facts.yaml'), count)
+    with pytest.raises(UserError, match='2 rows of training'):
+        hub.render_card(model, 'me/x', hub.load_facts(tmp_path / 'facts.yaml'))
 
 
 @pytest.mark.parametrize(
     'old, new, says',
     [
-        ('summary: A', 'sumary: A', "'sumary' is not a fact"),
-        ('[fashion_mnist]', 'fashion_mnist', 'datasets must be a list'),
-        ('    split: test\n', '', 'each of the results needs'),
+        ('license: mit', 'license: "mit\\nlibrary_name: x"', 'is not the id of a licence'),
+        ('license: mit', 'labels: [1, 2]', 'labels.0: Input should be a valid string'),
+        ('license: mit', 'labels: [a, {b: c}]', 'labels.1: Input should be a valid string'),
+        ('license: mit', 'labels: [a, a]', "labels: 'a' stands there twice"),
+        ('license: mit', 'data_config: {std: [0, 0, 0]}', 'data_config.std.*greater than 0'),
+        ('license: mit', 'data_config: {crop_pct: abc}', 'data_config.crop_pct: Input should be a valid number'),
+        ('license: mit', 'data_config: {crop: 1}', 'data_config.crop: there is no such fact; these are: input_size'),
+        ('license: mit', 'data_config: {mean: [.nan]}', 'data_config.mean.*finite'),
+        ('license: mit', 'license: mit\nlicense: gpl', "'license' stands there twice"),
+        ('license: mit', 'license: 3', 'license: Input should be a valid string'),
+        ('license: mit', 'folder: x', 'folder'),
+        ('limits: Only for clothes.', 'limits: &a [*a]', 'aliases are not allowed'),
+        ('limits: Only for clothes.', f'limits: {"[" * 5000}', 'nested too deeply'),
+        ('table.csv', 'nan.csv', "holds 'nan' as top1, not a finite number"),
+        ('table.csv', 'latin.csv', 'not a csv file in UTF-8'),
+        ('table.csv', 'short.csv', 'rows with more or fewer values than columns'),
+        ('summary: A', 'sumary: A', 'sumary: there is no such fact; these are: summary,'),
+        ('[fashion_mnist]', 'fashion_mnist', 'datasets: Input should be a valid list'),
+        ('    split: test\n', '', r'results.0.split: Field required'),
         ('{seed: 3}', '{sed: 3}', "no column 'sed'"),
         ('{seed: 3}', '{seed: 4}', 'no row for small_saecnn'),
         ('table.csv', 'other.csv', 'cannot read the results'),
         ('top1}', 'seeds}', "no column 'seeds'"),
         ('summary: A', 'summary: [A', 'is not YAML'),
         ('license: mit', 'data_config: {mean: [0.5, 0.5]}', 'data_config does not suit small_saecnn: mean'),
-        ('{epochs: 2, optimizer: SGD}', '[epochs]', 'hyperparameters must be a dict'),
-        ('  hyperparameters: {epochs: 2, optimizer: SGD}\n', '', 'training needs'),
+        ('{epochs: 2, optimizer: SGD}', '[epochs]', 'training: hyperparameters must be a mapping'),
+        ('  hyperparameters: {epochs: 2, optimizer: SGD}\n', '', 'training.hyperparameters: Field required'),
     ],
 )
 def test_wrong_facts_are_one_clear_line(model, tmp_path, old, new, says):
     assert old in FACTS
     (tmp_path / 'facts.yaml').write_text(FACTS.replace(old, new))
     (tmp_path / 'table.csv').write_text('model,seed,top1\nsmall_saecnn,3,91.25\n')
-    with pytest.raises(hub.HubError, match=says) as caught:
-        hub.render_card(model, 'me/x', hub.load_facts(tmp_path / 'facts.yaml'), count)
+    (tmp_path / 'nan.csv').write_text('model,seed,top1\nsmall_saecnn,3,nan\n')
+    (tmp_path / 'latin.csv').write_bytes(b'model,seed,top1\nsmall_saecnn,3,\xe9\n')
+    (tmp_path / 'short.csv').write_text('model,seed,top1\nsmall_saecnn,3\n')
+    with pytest.raises(UserError, match=says) as caught:
+        hub.render_card(model, 'me/x', hub.load_facts(tmp_path / 'facts.yaml'))
     assert '\n' not in str(caught.value)
+
+
+def test_figures_may_stand_in_the_card_file_itself(model, tmp_path):
+    (tmp_path / 'facts.yaml').write_text(
+        'results: [{metrics: {Top-1 accuracy: 91.5}, dataset: me/set, dataset_name: A set, split: test}]'
+    )
+    card = hub.render_card(model, 'me/x', hub.load_facts(tmp_path / 'facts.yaml'))
+    assert '| Top-1 accuracy | 91.5 |' in card.text and 'From' not in card.text
+    for wrong in ('top1', '.nan', '.inf', 'true'):
+        text = (tmp_path / 'facts.yaml').read_text().replace('91.5', wrong)
+        (tmp_path / 'wrong.yaml').write_text(text)
+        with pytest.raises(UserError, match='results.0'):
+            hub.load_facts(tmp_path / 'wrong.yaml')
+
+
+def test_config_has_the_number_of_classes_once_and_timm_takes_it_and_another(tmp_path):
+    torch.manual_seed(3)
+    given = timm.create_model('cifar_senetv2_resnet20', num_classes=7, sae_cardinality=2)
+    save_file(given.state_dict(), tmp_path / 'w.safetensors')
+    model = hub.build('cifar_senetv2_resnet20', checkpoint=tmp_path / 'w.safetensors', sae_cardinality=2)
+    config = written_config(model, tmp_path / 'x', hub.Facts())
+    assert config['num_classes'] == 7 and 'num_classes' not in config['model_args']
+    # transformers' TimmWrapper passes both
+    timm.create_model(config['architecture'], num_classes=config['num_classes'], **config['model_args'])
+    loaded = timm.create_model(f'local-dir:{tmp_path / "x"}', pretrained=True)
+    assert torch.equal(logits(loaded), logits(given))
+    assert loaded.layer1[0].se.cardinality == 2
+    assert timm.create_model(f'local-dir:{tmp_path / "x"}', pretrained=True, num_classes=3).fc.out_features == 3
 
 
 def test_classes_get_imagenets_names_only_where_the_facts_say_imagenet(tmp_path):
@@ -654,5 +844,5 @@ def test_classes_get_imagenets_names_only_where_the_facts_say_imagenet(tmp_path)
     config = written_config(model, tmp_path, hub.Facts(datasets=['imagenet-1k']))
     assert len(config['label_names']) == 1000
     assert 'tench' in config['label_descriptions'][config['label_names'][0]]
-    with pytest.raises(hub.HubError, match='2 labels were given for a model with 1000 classes'):
+    with pytest.raises(UserError, match='2 labels were given for a model with 1000 classes'):
         written_config(model, tmp_path, hub.Facts(labels=['a', 'b']))

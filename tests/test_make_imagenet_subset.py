@@ -6,12 +6,15 @@ import sys
 import tarfile
 from pathlib import Path
 
-import make_imagenet_subset as script
+import make_imagenet_subset
 import numpy as np
 import pytest
-from _cli import UserError
 from PIL import Image
 from timm.data import create_dataset
+
+from experiments import imagenet_subset as script
+from timm_senetv2 import errors, files
+from timm_senetv2.errors import UserError
 
 CLASSES = ('n01', 'n02', 'n10')
 
@@ -37,8 +40,7 @@ def imagenet(tmp_path) -> Path:
 @pytest.fixture
 def run_main(monkeypatch):
     def run_main(*args) -> None:
-        monkeypatch.setattr(sys, 'argv', ['make_imagenet_subset.py', *map(str, args)])
-        script.main()
+        make_imagenet_subset.main([*map(str, args)])
 
     return run_main
 
@@ -210,11 +212,11 @@ def test_goes_on_after_a_full_disk(imagenet, tmp_path, run_main, monkeypatch):
     def full(source, target):
         raise OSError(errno.ENOSPC, 'No space left on device')
 
-    with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(script.os, 'replace', full)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match='the disk is full'):
+        patch.setattr(files.os, 'replace', full)
         run_main(imagenet, tmp_path / 'subset', '--per-class', 5)
     assert not list((tmp_path / 'subset').iterdir())
-    (tmp_path / 'subset' / '.manifest.json.partial').write_text('{')  # what a kill in between leaves
+    (tmp_path / 'subset' / '.0123456789ab.json').write_text('{')  # what a kill in between leaves
     run_main(imagenet, tmp_path / 'subset', '--per-class', 5)
     assert chosen(tmp_path / 'subset') == by_hand(0, 5)
 
@@ -277,6 +279,38 @@ def test_bad_source_is_refused_before_anything_is_written(tmp_path, run_main, so
     assert not (tmp_path / 'dst').exists()
 
 
+def test_what_a_kill_left_half_written_is_removed_and_a_foreign_image_refused(imagenet, tmp_path, run_main):
+    dst = tmp_path / 'subset'
+    run_main(imagenet, dst, '--per-class', 5)
+    (dst / 'train' / 'n01' / '.0123456789ab.png').write_bytes(png(1)[:10])
+    run_main(imagenet, dst, '--per-class', 5)
+    assert chosen(dst) == by_hand(0, 5)
+    (dst / 'train' / 'n01' / 'mine.png').write_bytes(png(1))
+    with pytest.raises(UserError, match='mine.png is not of this subset'):
+        run_main(imagenet, dst, '--per-class', 5)
+    assert (dst / 'train' / 'n01' / 'mine.png').exists()
+
+
+@pytest.mark.parametrize('target', ['..', '../n02', '../..', 'loop'])
+def test_links_that_loop_or_lead_to_other_classes_are_refused(imagenet, tmp_path, run_main, target):
+    (imagenet / 'train' / 'n01' / 'loop').symlink_to(target)
+    if target == 'loop':  # leads nowhere at all
+        run_main(imagenet, tmp_path / 'dst', '--per-class', 5)
+        assert chosen(tmp_path / 'dst') == by_hand(0, 5)
+        return
+    with pytest.raises(UserError, match='n01/loop is a link to a folder that is read anyway|n02/.* is a link'):
+        run_main(imagenet, tmp_path / 'dst')
+    assert not (tmp_path / 'dst').exists()
+
+
+def test_a_looping_link_as_source_or_destination_is_one_line(imagenet, tmp_path, run_main):
+    (tmp_path / 'loop').symlink_to('loop')
+    with pytest.raises(UserError, match='loop is neither a folder nor a .tar file'):
+        run_main(tmp_path / 'loop', tmp_path / 'dst')
+    with pytest.raises(UserError, match='loop is a file or a broken link'):
+        run_main(imagenet, tmp_path / 'loop')
+
+
 def test_bad_number_or_place_is_refused(imagenet, tmp_path, run_main):
     with pytest.raises(UserError, match='--per-class must be at least 1, got 0'):
         run_main(imagenet, tmp_path / 'dst', '--per-class', 0)
@@ -287,6 +321,6 @@ def test_bad_number_or_place_is_refused(imagenet, tmp_path, run_main):
 def test_bad_input_exits_with_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['make_imagenet_subset.py', str(tmp_path / 'nowhere'), str(tmp_path / 'dst')])
     with pytest.raises(SystemExit) as e:
-        script.run(script.main)
+        errors.run(make_imagenet_subset.main)
     assert e.value.code == 2
     assert [line for line in capsys.readouterr().err.splitlines() if line.startswith('error: ')]

@@ -1,5 +1,6 @@
 """The models in timm's factory: sizes, trunks, options, and the whole of timm's model API."""
 
+import json
 import math
 from functools import partial
 
@@ -244,7 +245,8 @@ def test_initialisation_is_the_seanet_authors():
 @pytest.mark.parametrize('after', ['stage', 'block'])
 @pytest.mark.parametrize('factor', [1, 2, 8])
 def test_aggregation_options_change_the_widths(factor, after):
-    model = meta('seanet32', aggregation_factor=factor, aggregate_after=after, aggregation_op='max')
+    options = dict(aggregate_after=after, aggregation_op='max') if factor > 1 else {}
+    model = meta('seanet32', aggregation_factor=factor, **options)
     assert count(model) == trunk32_parameters(32, (128, 256, 512), 1, 8, factor, after)
     assert model.num_features == 512 // factor
     layers = [m for m in model.modules() if isinstance(m, ChannelAggregation)]
@@ -265,6 +267,14 @@ def test_sae_options_give_and_take_attention_on_32_pixel_trunks():
     assert count(meta('cifar_resnet20', sae_cardinality=4)) == count(meta('cifar_senetv2_resnet20'))
     assert count(meta('cifar_senetv2_resnet20', sae_cardinality=0)) == count(meta('cifar_resnet20'))
     assert count(meta('small_cnn', sae_cardinality=1)) == count(meta('small_secnn'))
+    assert not any(isinstance(m, SqueezeAggregatedExcitation) for m in meta('seanet20', sae_cardinality=0).modules())
+    assert meta('small_cnn', sae_cardinality=2, sae_reduction=8).layer1.se.rd_channels == 4
+
+
+@pytest.mark.parametrize('name', ['senetv2_resnet18', 'cifar_senetv2_resnet20', 'small_saecnn'])
+def test_sae_without_biases(name):
+    layers = [m for m in meta(name, sae_bias=False).modules() if isinstance(m, SqueezeAggregatedExcitation)]
+    assert layers and all(m.fc1.bias is None and m.fc2.bias is None for m in layers)
 
 
 @pytest.mark.parametrize(
@@ -287,6 +297,17 @@ def test_sae_options_give_and_take_attention_on_32_pixel_trunks():
         ('senetv2_resnet50', dict(sae_reduction=0), 'sae_reduction .* got 0'),
         ('senextv2_50', dict(sae_cardinality='4'), "sae_cardinality .* got '4'"),
         ('senextv2_50', dict(sae_cardinality=0), 'sae_cardinality .* got 0'),
+        ('senextv2_50', dict(sae_add_identity='False'), "sae_add_identity must be True or False, got 'False'"),
+        ('small_secnn', dict(sae_bias=1), 'sae_bias must be True or False, got 1'),
+        ('cifar_resnet20', dict(sae_reduction=8), 'sae_reduction=8 has no meaning .* without attention'),
+        ('cifar_resnet20', dict(sae_reduction=16), 'sae_reduction=16 has no meaning .* set sae_cardinality'),
+        ('cifar_resnet20', dict(sae_add_identity=False), 'sae_add_identity=False has no meaning'),
+        ('small_cnn', dict(sae_reduction=8), 'sae_reduction=8 has no meaning'),
+        ('small_cnn', dict(sae_bias=False), 'sae_bias=False has no meaning'),
+        ('seanet20', dict(sae_cardinality=0, sae_reduction=8), 'sae_reduction=8 has no meaning'),
+        ('cifar_resnet20', dict(aggregation_op='max'), "aggregation_op='max' has no meaning .* without aggregation"),
+        ('cifar_senetv2_resnet20', dict(aggregate_after='block'), "aggregate_after='block' has no meaning .* set aggr"),
+        ('seanet20', dict(aggregation_factor=1, aggregation_op='sum'), "aggregation_op='sum' has no meaning"),
     ],
 )
 def test_bad_options_raise_naming_argument_and_value(name, kwargs, message):
@@ -595,6 +616,26 @@ def test_saved_checkpoint_rebuilds_itself_with_equal_logits(name, kwargs, tmp_pa
     other = timm.create_model(f'local-dir:{folder}', pretrained=True, num_classes=2).eval()
     torch.testing.assert_close(other.forward_features(x), model.forward_features(x))
     assert other(x).shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ('name', 'recorded'),
+    [
+        ('cifar_resnet20', dict(sae_reduction=8, sae_add_identity=False, aggregation_op='max')),
+        ('small_cnn', dict(sae_reduction=8)),
+        ('seanet20', dict(sae_cardinality=0, sae_reduction=4)),
+    ],
+)
+def test_checkpoint_that_records_options_without_meaning_loads(name, recorded, tmp_path):
+    """As versions before these were refused have written them."""
+    model = timm.create_model(name, **({'sae_cardinality': 0} if 'sae_cardinality' in recorded else {})).eval()
+    save_for_hf(model, tmp_path, safe_serialization=True, model_args=recorded)
+    assert recorded.items() <= json.loads((tmp_path / 'config.json').read_text())['model_args'].items()
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = images()
+    assert torch.equal(again(x), model(x))
+    with pytest.raises(ValueError, match='sae_reduction=2 has no meaning'):
+        timm.create_model(f'local-dir:{tmp_path}', pretrained=True, sae_reduction=2)
 
 
 def test_saved_weights_load_by_path(tmp_path):

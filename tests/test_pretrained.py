@@ -1,8 +1,10 @@
 """The pretrained tags and the lift of SE weights into SaE while a checkpoint is loaded."""
 
+import copy
 import csv
 import dataclasses
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -10,22 +12,35 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from _randomize import randomize
-from timm.layers import SEModule
+from timm.layers import BatchNormAct2d, SEModule
 from timm.models import get_pretrained_cfg, save_for_hf
+from timm.models.resnet import BasicBlock, Bottleneck
 
+from experiments.randomize import randomize
 from timm_senetv2.layers import SqueezeAggregatedExcitation
-from timm_senetv2.models import _pretrained
-from timm_senetv2.models._pretrained import lifted_cfgs, shipped_cfgs
+from timm_senetv2.models import pretrained
+from timm_senetv2.models.pretrained import lifted_cfgs, shipped_cfgs
 
-ROWS = list(csv.DictReader((Path(__file__).parents[1] / 'results' / 'lift_sources.csv').open()))
-SOURCES = list(dict.fromkeys((row['model'], row['source_on_the_hub'].removeprefix('timm/')) for row in ROWS))
-ARCHITECTURES = dict(sorted((model, source.split('.')[0]) for model, source in SOURCES))
+
+def rows_of(table: str) -> list[dict[str, str]]:
+    with (Path(__file__).parents[1] / 'timm_senetv2' / 'weights' / table).open(newline='') as f:
+        return list(csv.DictReader(f))
+
+
+def sources(kind: str, rows: list[dict[str, str]]) -> list[tuple[str, str, str]]:
+    return list(dict.fromkeys((kind, row['model'], row['source_on_the_hub'].removeprefix('timm/')) for row in rows))
+
+
+ROWS = {'se': rows_of('lift_sources.csv'), 'plain': rows_of('plain_sources.csv')}
+SOURCES = [source for kind, rows in ROWS.items() for source in sources(kind, rows)]
+ARCHITECTURES = dict(sorted((model, source.split('.')[0]) for kind, model, source in SOURCES if kind == 'se'))
+PLAIN = dict(sorted((model, source.split('.')[0]) for kind, model, source in SOURCES if kind == 'plain'))
 QUICK = ('senetv2_resnet50', 'senextv2_26t_32x4d')
+QUICK_PLAIN = ('senetv2_resnet18', 'senetv2_resnet50')
 
 
-def tag(model: str, source: str) -> str:
-    return f'{model}.se_{source.split(".")[1]}'
+def tag(kind: str, model: str, source: str) -> str:
+    return f'{model}.{kind}_{source.split(".")[1]}'
 
 
 def images(n: int = 2, size: int = 96, chans: int = 3, **kwargs) -> torch.Tensor:
@@ -58,21 +73,33 @@ def sae_layers(model: torch.nn.Module) -> dict[str, SqueezeAggregatedExcitation]
 
 
 def test_every_source_is_a_tag_that_timm_lists():
-    assert {tag(*pair) for pair in SOURCES} <= set(timm.list_pretrained('sene*v2_*'))
+    assert len(SOURCES) == len(sources('se', ROWS['se'])) + 69
+    assert {tag(*source) for source in SOURCES} == set(timm.list_pretrained('sene*v2_*'))
 
 
-@pytest.mark.parametrize('model', ARCHITECTURES)
-def test_default_tag_is_the_best_source(model):
-    best = max((row for row in ROWS if row['model'] == model), key=lambda row: float(row['top1']))
-    assert get_pretrained_cfg(model).hf_hub_id == best['source_on_the_hub']
+@pytest.mark.parametrize('model', {**ARCHITECTURES, **PLAIN})
+def test_default_tag_is_the_best_source_that_may_be_used_commercially(model):
+    kind = 'se' if model in ARCHITECTURES else 'plain'
+    rows = [row for row in ROWS[kind] if row['model'] == model and row.get('license') != 'cc-by-nc-4.0']
+    best = max(rows, key=lambda row: float(row['top1']))
+    default = get_pretrained_cfg(model)
+    assert default.hf_hub_id == best['source_on_the_hub']
+    assert default.tag == f'{kind}_{best["source_on_the_hub"].split(".")[1]}'
     assert timm.is_model_pretrained(model)
 
 
-@pytest.mark.parametrize(('model', 'source'), SOURCES)
-def test_config_is_that_of_the_source(model, source):
-    ours, theirs = get_pretrained_cfg(tag(model, source)), get_pretrained_cfg(source)
+@pytest.mark.parametrize('row', ROWS['plain'], ids=lambda row: row['source_on_the_hub'])
+def test_license_is_that_of_the_source(row):
+    name = row['source_on_the_hub'].removeprefix('timm/')
+    assert get_pretrained_cfg(tag('plain', row['model'], name)).license == row['license']
+    assert row['license'] in ('apache-2.0', 'bsd-3-clause', 'cc-by-nc-4.0')
+
+
+@pytest.mark.parametrize(('kind', 'model', 'source'), SOURCES)
+def test_config_is_that_of_the_source(kind, model, source):
+    ours, theirs = get_pretrained_cfg(tag(kind, model, source)), get_pretrained_cfg(source)
     assert ours.hf_hub_id == f'timm/{source}'
-    assert (ours.architecture, ours.tag) == (model, f'se_{source.split(".")[1]}')
+    assert (ours.architecture, ours.tag) == (model, f'{kind}_{source.split(".")[1]}')
     assert dataclasses.replace(ours, architecture=None, tag=None) == dataclasses.replace(
         theirs, architecture=None, tag=None
     )
@@ -80,12 +107,12 @@ def test_config_is_that_of_the_source(model, source):
 
 def test_source_that_timm_lacks_is_left_out():
     names = ('seresnet50.no_such_tag', 'no_such_model.x', 'seresnet18.untrained', 'seresnet50.a1_in1k')
-    cfgs = lifted_cfgs({'a': names})
+    cfgs = lifted_cfgs('se', {'a': names})
     assert list(cfgs) == ['a.se_a1_in1k']
 
 
 def test_shipped_weights_are_a_tag_where_the_file_is(monkeypatch, tmp_path):
-    monkeypatch.setattr(_pretrained, '_WEIGHTS_DIR', tmp_path)
+    monkeypatch.setattr(pretrained, '_WEIGHTS_DIR', tmp_path)
     (tmp_path / 'a.fmnist.safetensors').touch()
     cfgs = shipped_cfgs(('a', 'b'), 'fmnist', dict(num_classes=10))
     assert cfgs == {'a.fmnist': dict(num_classes=10, file=str(tmp_path / 'a.fmnist.safetensors'))}
@@ -156,6 +183,196 @@ def test_one_training_step_changes_every_fresh_column():
     for name, layer in sae_layers(model).items():
         fresh = layer.fc2.weight[:, source.get_submodule(name).fc1.out_channels :]
         assert fresh.shape[1] and fresh.any(0).all(), name
+
+
+# ---- sources without attention
+
+
+def plain_source(name: str, size: int = 64, **kwargs) -> torch.nn.Module:
+    model = timm.create_model(name, **kwargs)
+    weight = next(model.parameters())
+    return randomize(model, images(4, size, weight.shape[1], dtype=weight.dtype), scales=(0.1, 0.5))
+
+
+def plain_tag(model: str) -> str:
+    return next(tag(*source) for source in SOURCES if source[:2] == ('plain', model))
+
+
+def from_plain(model: str, file: Path, **kwargs) -> torch.nn.Module:
+    return timm.create_model(plain_tag(model), pretrained=True, pretrained_cfg_overlay=dict(file=str(file)), **kwargs)
+
+
+def saved(model: torch.nn.Module, folder: Path) -> Path:
+    safetensors.torch.save_file(model.state_dict(), folder / 'source.safetensors')
+    return folder / 'source.safetensors'
+
+
+def with_timms_blocks(model: torch.nn.Module) -> torch.nn.Module:
+    """The same parameters, computed by timm's own forward."""
+    model = copy.deepcopy(model)
+    for block in model.modules():
+        if isinstance(block, (BasicBlock, Bottleneck)):
+            block.__class__ = BasicBlock if isinstance(block, BasicBlock) else Bottleneck
+    return model
+
+
+def loss_of_a_training_step(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    loss = torch.nn.functional.cross_entropy(model.train()(x), torch.arange(len(x)))
+    loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    return loss.detach()
+
+
+@pytest.mark.parametrize(
+    'model', [pytest.param(model, marks=() if model in QUICK_PLAIN else pytest.mark.slow) for model in PLAIN]
+)
+def test_plain_source_with_idle_attention_computes_the_same(model, tmp_path):
+    source = plain_source(PLAIN[model])
+    ours = from_plain(model, saved(source, tmp_path)).eval()
+    theirs = with_timms_blocks(ours)
+    x = images(2, 64)
+    with torch.no_grad():
+        expected = source(x)
+        assert torch.equal(theirs(x), expected)
+        active = copy.deepcopy(theirs)
+        for layer in sae_layers(active).values():
+            layer.fc2.bias.add_(1)
+        assert (active(x) - expected).abs().max() > 1e-2 * expected.abs().max()  # the gates matter to these logits
+        difference = (ours(x) - expected).abs().max() / expected.abs().max()
+        print(
+            f'{model}: through its own blocks its logits differ by {difference:.1e} of the largest in single precision'
+        )
+
+    in_double, x_in_double = copy.deepcopy(source).double(), x.double()
+    ours.double()
+    with torch.no_grad():
+        expected = in_double(x_in_double)
+        assert (ours(x_in_double) - expected).abs().max() <= 1e-10 * expected.abs().max()
+    expected = loss_of_a_training_step(in_double, x_in_double)
+    torch.testing.assert_close(loss_of_a_training_step(ours, x_in_double), expected, rtol=1e-8, atol=0)
+    assert torch.equal(loss_of_a_training_step(theirs, x), loss_of_a_training_step(source, x))
+    for trained in (theirs, ours):
+        for name, layer in sae_layers(trained).items():
+            assert layer.fc2.weight.any() and layer.fc2.bias.any(), name
+    statistics = {key: tensor for key, tensor in source.state_dict().items() if 'running' in key or 'num_b' in key}
+    assert statistics
+    for key, tensor in statistics.items():
+        assert torch.equal(theirs.state_dict()[key], tensor), key
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_plain_source_in_other_dtypes(dtype, tmp_path):
+    source = plain_source('resnet18', dtype=dtype)
+    ours = with_timms_blocks(from_plain('senetv2_resnet18', saved(source, tmp_path), dtype=dtype)).eval()
+    x = images(2, 64, dtype=dtype)
+    assert torch.equal(ours(x), source(x))
+
+
+def test_idle_attention_keeps_fresh_first_layers_and_doubles_the_last_norms(tmp_path):
+    source = plain_source('resnet50')
+    torch.manual_seed(1)
+    fresh = timm.create_model('senetv2_resnet50.untrained')
+    torch.manual_seed(1)
+    ours = from_plain('senetv2_resnet50', saved(source, tmp_path))
+    for name, layer in sae_layers(ours).items():
+        initial = fresh.get_submodule(name)
+        assert torch.equal(layer.fc1.weight, initial.fc1.weight) and torch.equal(layer.fc1.bias, initial.fc1.bias)
+        assert not layer.fc2.weight.any() and not layer.fc2.bias.any()
+    for key, tensor in source.state_dict().items():
+        factor = 2 if re.fullmatch(r'layer\d\.\d+\.bn3\.(weight|bias)', key) else 1
+        assert torch.equal(ours.state_dict()[key], factor * tensor), key
+
+
+@pytest.fixture(scope='module')
+def resnet18(tmp_path_factory) -> tuple[torch.nn.Module, Path]:
+    source = plain_source('resnet18')
+    return source, saved(source, tmp_path_factory.mktemp('resnet18'))
+
+
+@pytest.mark.parametrize(
+    'sizes', [dict(sae_cardinality=8), dict(sae_reduction=8), dict(sae_cardinality=1), dict(sae_bias=False)]
+)
+def test_plain_source_into_other_sizes(sizes, resnet18):
+    source, file = resnet18
+    x = images(2, 64)
+    assert torch.equal(with_timms_blocks(from_plain('senetv2_resnet18', file, **sizes)).eval()(x), source(x))
+
+
+@pytest.mark.parametrize('num_classes', [7, 0])
+def test_plain_source_with_another_classifier(num_classes, resnet18):
+    source, file = resnet18
+    ours = with_timms_blocks(from_plain('senetv2_resnet18', file, num_classes=num_classes)).eval()
+    x = images(2, 64)
+    assert torch.equal(ours.forward_features(x), source.forward_features(x))
+    assert ours(x).shape == (2, num_classes or 512)
+
+
+def test_plain_source_with_one_input_channel_equals_timms_own_adaptation(resnet18):
+    _, file = resnet18
+    gray = timm.create_model(
+        'resnet18', pretrained=True, pretrained_cfg_overlay=dict(file=str(file)), in_chans=1
+    ).eval()
+    x = images(2, 64, chans=1)
+    assert torch.equal(with_timms_blocks(from_plain('senetv2_resnet18', file, in_chans=1)).eval()(x), gray(x))
+
+
+def test_plain_source_with_features_only(resnet18):
+    source, file = resnet18
+    features = with_timms_blocks(from_plain('senetv2_resnet18', file, features_only=True)).eval()
+    x = images(2, 64)
+    for actual, expected in zip(features(x), source.forward_intermediates(x)[1], strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_plain_source_into_add_identity_is_refused(resnet18):
+    with pytest.raises(RuntimeError, match=r'^layer1\.0\.se\.fc2\.weight is missing, and .* add_identity.* 3/2'):
+        from_plain('senetv2_resnet18', resnet18[1], sae_add_identity=True)
+
+
+@pytest.mark.parametrize('num_classes', [1000, 7])
+@pytest.mark.parametrize(
+    ('rename', 'message'),
+    [
+        ({'layer2.0.bn2.weight': None}, r'^layer2\.0\.bn2\.weight is missing'),
+        ({'layer2.0.bn2.weight': 'layer2.0.norm.weight'}, r'^layer2\.0\.norm\.weight, of shape \(128,\), has no place'),
+        ({'layer4.1.conv2.weight': 'layer4.1.attention.weight'}, r'^layer4\.1\.attention\.weight, of shape'),
+    ],
+)
+def test_plain_weights_of_another_architecture_are_refused(rename, message, num_classes, resnet18):
+    state = {rename.get(key, key): tensor for key, tensor in resnet18[0].state_dict().items()}
+    state.pop(None, None)
+    with pytest.raises(RuntimeError, match=message):
+        timm.create_model(
+            'senetv2_resnet18.plain_a1_in1k',
+            pretrained=True,
+            pretrained_cfg_overlay=dict(state_dict=state),
+            num_classes=num_classes,
+        )
+
+
+def test_norm_that_is_more_than_affine_is_refused(resnet18):
+    with pytest.raises(RuntimeError, match=r'^layer1\.0\.se\.fc2\.weight is missing, .* affine norm'):
+        from_plain('senetv2_resnet18', resnet18[1], norm_layer=BatchNormAct2d)
+
+
+def test_fine_tuned_model_keeps_its_plain_tag_and_loads(resnet18, tmp_path):
+    model = from_plain('senetv2_resnet18', resnet18[1])
+    loss_of_a_training_step(model, images(4, 64))
+    save_for_hf(model.eval(), tmp_path, safe_serialization=True)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    assert config['pretrained_cfg']['tag'] == plain_tag('senetv2_resnet18').split('.')[1]
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = images(2, 64)
+    assert torch.equal(again(x), model(x))
+
+
+def test_plain_tag_of_a_saved_config_is_enough(resnet18, tmp_path):
+    source, file = resnet18
+    save_for_hf(from_plain('senetv2_resnet18', file), tmp_path, safe_serialization=True)
+    cfg = json.loads((tmp_path / 'config.json').read_text())['pretrained_cfg']
+    model = timm.create_model('senetv2_resnet18', pretrained=True, pretrained_cfg=dict(cfg, file=str(file)))
+    x = images(2, 64)
+    assert torch.equal(with_timms_blocks(model).eval()(x), source(x))
 
 
 # ---- with timm's options
@@ -239,9 +456,37 @@ def test_lift_into_add_identity_is_refused():
 
 
 @pytest.mark.parametrize('num_classes', [1000, 7])
-def test_weights_without_attention_are_refused_even_where_timm_loads_loosely(num_classes):
-    with pytest.raises(RuntimeError, match=r'^layer1\.0\.se\.fc1\.weight is missing; .* \(8, 64\)'):
-        lifted('senetv2_resnet18', timm.create_model('resnet18'), num_classes=num_classes)
+@pytest.mark.parametrize('name', ['senetv2_resnet18.untrained', 'senetv2_resnet50', 'cifar_senetv2_resnet20'])
+def test_weights_without_attention_are_refused_even_where_timm_loads_loosely(name, num_classes):
+    plain = {key: t for key, t in timm.create_model(name).state_dict().items() if '.se.' not in key}
+    with pytest.raises(RuntimeError, match=r'^layer1\.0\.se\.fc1\.weight is missing; its shape in this layer is'):
+        timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(state_dict=plain), num_classes=num_classes)
+
+
+@pytest.mark.parametrize('kind', ['se_a', 'plain_a'])
+@pytest.mark.parametrize('num_classes', [1000, 7])
+@pytest.mark.parametrize(
+    ('lost', 'missing'),
+    [
+        (r'layer1\.1\.se\.fc[12]\.bias', 'layer1.1.se.fc1.bias'),  # native weights that lost biases
+        (r'layer\d\.\d\.se\.fc[12]\.bias', 'layer1.0.se.fc1.bias'),
+        (r'layer[34]\.\d\.se\..*', 'layer3.0.se.fc1.weight'),
+        (r'layer1\.0\.se\.fc1\..*', 'layer1.0.se.fc1.weight'),
+        (r'layer2\.0\.se\.fc2\.weight', 'layer2.0.se.fc2.weight'),
+    ],
+)
+@pytest.mark.parametrize('source', ['senetv2_resnet18', 'seresnet18'])
+def test_missing_attention_weights_are_refused_by_the_first_name(source, lost, missing, num_classes, kind):
+    state = timm.create_model(source).state_dict()
+    kept = {key: tensor for key, tensor in state.items() if not re.fullmatch(lost, key)}
+    assert len(kept) < len(state)
+    with pytest.raises(RuntimeError, match=rf'^{re.escape(missing)} is missing'):
+        timm.create_model(
+            'senetv2_resnet18',
+            pretrained=True,
+            pretrained_cfg_overlay=dict(state_dict=kept, tag=kind),
+            num_classes=num_classes,
+        )
 
 
 @pytest.mark.parametrize('damage', ['fc1.bias', 'fc2.weight', 'fc2.bias'])
@@ -270,10 +515,19 @@ def test_norm_inside_the_attention_is_refused():
         lifted('senetv2_resnet18', source, num_classes=7)
 
 
-def test_attention_without_biases_is_lifted():
+def test_attention_without_biases_is_lifted_where_the_architecture_has_none():
     source = se_source('seresnet18', block_args=dict(attn_layer=partial(SEModule, bias=False)))
     x = images()
-    torch.testing.assert_close(lifted('senetv2_resnet18', source)(x), source(x), rtol=0, atol=1e-4)
+    target = lifted('senetv2_resnet18', source, sae_bias=False)
+    assert not [name for name, _ in target.named_parameters() if '.se.' in name and name.endswith('bias')]
+    torch.testing.assert_close(target(x), source(x), rtol=0, atol=1e-4)
+    with pytest.raises(RuntimeError, match=r'^layer1\.0\.se\.fc1\.bias is missing; .* \(8,\)'):
+        lifted('senetv2_resnet18', source)
+
+
+def test_biases_without_a_place_are_refused():
+    with pytest.raises(RuntimeError, match=r'^layer1\.0\.se\.fc1\.bias, of shape \(8,\), .*'):
+        lifted('senetv2_resnet18', timm.create_model('seresnet18'), sae_bias=False)
 
 
 # ---- through timm's own ways in and out

@@ -1,7 +1,8 @@
 import pytest
 import timm
 import torch
-from _profile import count
+
+from timm_senetv2.profile import count
 
 
 def test_count_of_a_convolution_and_a_linear_layer_by_hand():

@@ -11,10 +11,11 @@ import pytest
 import quickstart
 import timm
 import torch
-from _cli import UserError
-from _data import load_dataset
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
+
+from experiments.data import load_dataset
+from timm_senetv2.errors import UserError
 
 SCRIPT = Path(quickstart.__file__)
 
@@ -53,6 +54,7 @@ def folder(tmp_path_factory):
 def test_run_writes_a_model_a_table_and_a_picture(digits_run):
     out, text = digits_run
     assert sorted(snapshot(out)) == [
+        '.timm-senetv2.json',
         'quickstart.png',
         'results.csv',
         'small_cnn/config.json',
@@ -94,9 +96,7 @@ def test_image_folder_is_learnt_and_replaces_the_last_run(folder, tmp_path, caps
     out = tmp_path / 'out'
     args = ['--dataset', str(folder), '--out', str(out), '--models', 'cifar_resnet20']
     quickstart.main([*args, '--epochs', '1'])
-    (out / 'small_cnn').mkdir()
     quickstart.main([*args, '--epochs', '20'])
-    assert not (out / 'small_cnn').exists()
     assert [p.name for p in tmp_path.iterdir()] == ['out']
     rows = list(csv.DictReader((out / 'results.csv').open()))
     assert len(rows) == 20 and float(rows[-1]['test_accuracy']) == 100
@@ -116,7 +116,7 @@ def test_interrupted_run_leaves_the_last_one_alone(digits_run, tmp_path):
         # a background job of a shell without job control inherits that Ctrl-C is ignored; nobody could interrupt it
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    while not (tmp_path / 'out.unfinished').exists():
+    while len(list(tmp_path.iterdir())) < 2:
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
@@ -128,22 +128,16 @@ def test_interrupted_run_leaves_the_last_one_alone(digits_run, tmp_path):
 
 
 def test_killed_run_is_cleaned_up_by_the_next(folder, tmp_path):
-    (tmp_path / 'out.unfinished').mkdir()
-    (tmp_path / 'out.unfinished' / 'old.safetensors').touch()
-    quickstart.main(
-        [
-            '--dataset',
-            str(folder),
-            '--models',
-            'small_cnn',
-            '--epochs',
-            '1',
-            '--out',
-            str(tmp_path / 'out'),
-        ]
-    )
+    args = ['--dataset', str(folder), '--models', 'small_cnn', '--out', str(tmp_path / 'out')]
+    process = subprocess.Popen([sys.executable, SCRIPT, *args, '--epochs', '1000'], stdout=subprocess.DEVNULL)
+    while not list(tmp_path.iterdir()):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / 'out').exists()
+    quickstart.main([*args, '--epochs', '1'])
     assert [p.name for p in tmp_path.iterdir()] == ['out']
-    assert not (tmp_path / 'out' / 'old.safetensors').exists()
 
 
 def test_help_needs_nothing_installed(tmp_path):
@@ -155,12 +149,12 @@ def test_help_needs_nothing_installed(tmp_path):
 
 def test_bad_input_is_one_plain_line_and_exit_code_2(tmp_path):
     done = subprocess.run(
-        [sys.executable, SCRIPT, '--models', 'senetv2_resnet21', '--out', tmp_path / 'out'],
+        [sys.executable, SCRIPT, '--models', 'cifar_senetv2_resnet21', '--out', tmp_path / 'out'],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: unknown model 'senetv2_resnet21'; did you mean")
+    assert done.stderr.startswith("error: unknown model 'cifar_senetv2_resnet21'; did you mean")
     assert 'cifar_senetv2_resnet20' in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
@@ -196,7 +190,7 @@ def test_unwritable_out_is_refused(folder, tmp_path):
 
 def test_folder_with_other_things_in_it_is_not_replaced(folder, tmp_path):
     (tmp_path / 'thesis.txt').write_text('precious')
-    with pytest.raises(UserError, match='choose another --out'):
+    with pytest.raises(UserError, match='was not written by quickstart.py'):
         quickstart.main(['--dataset', str(folder), '--models', 'small_cnn', '--out', str(tmp_path)])
     assert (tmp_path / 'thesis.txt').read_text() == 'precious'
 

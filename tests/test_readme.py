@@ -111,7 +111,7 @@ def test_table_of_tags_is_up_to_date(capsys, monkeypatch):
 
 
 def test_accuracies_of_our_weights_are_those_of_the_runs_they_come_from():
-    with (ROOT / 'results/fmnist/results.csv').open(newline='') as file:
+    with (ROOT / 'results/runs/fmnist/results.csv').open(newline='') as file:
         runs = {row['run']: row for row in csv.DictReader(file)}
     with (ROOT / 'results/fmnist_weights.csv').open(newline='') as file:
         rows = [runs[row['run']] for row in csv.DictReader(file)]

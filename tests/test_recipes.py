@@ -55,7 +55,7 @@ def test_header_says_how_to_run_it_what_it_costs_and_what_to_expect(recipe):
     header = recipe.read_text().split('\n\n')[0].splitlines()
     assert all(line.startswith('#') for line in header)
     text = '\n'.join(header)
-    assert f'scripts/train.py --config scripts/recipes/{recipe.name} --data-dir ' in text
+    assert f'train --config scripts/recipes/{recipe.name} --data-dir ' in text
     assert '\n# Costs (' in text
     assert '\n# Expect: ' in text
 

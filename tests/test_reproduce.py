@@ -1,5 +1,6 @@
 import csv
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -8,31 +9,38 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from operator import itemgetter
 from pathlib import Path
 
-import _batches
-import _cli
 import numpy as np
 import pytest
 import reproduce
 import timm
 import torch
-from _batches import Batches, LoaderBatches, MemoryBatches, Settings
-from _cli import UserError
-from _data import ArrayImages, load_dataset
-from _report import difference, read_csv, table
-from _training import make_optimizer, parse_specs
 from PIL import Image
 from scipy.optimize import brentq
 from scipy.special import betainc
 from timm.data import create_transform
 from timm.utils import CheckpointSaver
 
+from experiments import batches as batches_module
+from experiments import grid
+from experiments.batches import Batches, LoaderBatches, MemoryBatches
+from experiments.data import ArrayImages, load_dataset
+from experiments.files import RESULTS, owned, read_rows
+from experiments.settings import Settings, make_settings, parse_specs
+from experiments.statistics import difference
+from experiments.tables import table
+from experiments.training import make_optimizer
+from experiments.warm_start import build
+from timm_senetv2 import errors
+from timm_senetv2.errors import UserError
+
 SCRIPT = Path(reproduce.__file__)
 DIGITS = ['--dataset', 'digits', '--image-size', '8', '--crop-padding', '1', '--batch-size', '16']
 SMALL = [*DIGITS, '--limit', '48', '--models', 'small_cnn', 'small_saecnn:sae_reduction=8', '--device', 'cpu']
-MEASURED = ('seconds', 'images_per_second', 'data_wait_share', 'peak_memory_mib', 'command')
+MEASURED = ('seconds', 'command')
 
 
 def rows(out: Path, name: str = 'results.csv') -> list[dict[str, str]]:
@@ -77,8 +85,8 @@ def test_saved_weights_have_the_accuracy_that_was_written_down(finished):
     images = torch.stack([transform(image) for image, _ in data.test])
     for row in rows(finished):
         (spec,) = parse_specs(row['model'])
-        model = spec.create(10).eval()
-        timm.models.load_checkpoint(model, str(finished / 'weights' / f'{row["run"]}.safetensors'))
+        model = build(spec, 10).eval()
+        timm.models.load_checkpoint(model, str(finished / 'weights' / row['run'] / 'model.safetensors'))
         with torch.inference_mode():
             correct = (model(images).argmax(1) == torch.tensor(data.test.targets)).float().mean().item()
         assert 100 * correct == pytest.approx(float(row['accuracy']), abs=1e-3)
@@ -94,7 +102,7 @@ def test_a_seed_repeats_itself_and_two_seeds_differ(finished, tmp_path):
 
 
 def test_finished_runs_are_not_repeated(finished, monkeypatch):
-    monkeypatch.setattr(reproduce, 'train', lambda *_: pytest.fail('trained again'))
+    monkeypatch.setattr(grid, 'train', lambda *_: pytest.fail('trained again'))
     before = rows(finished)
     reproduce.main([*SMALL, '--seeds', '0', '1', '--epochs', '3', '--out', str(finished)])
     assert rows(finished) == before
@@ -144,41 +152,43 @@ def test_killed_and_started_again_equals_uninterrupted(finished, tmp_path):
     assert rows(tmp_path, 'curves.csv') == rows(finished, 'curves.csv')
 
 
-def test_processes_at_once_share_out_the_runs_and_lose_none(finished, tmp_path):
-    arguments = [*SMALL, '--seeds', '0', '1', '--epochs', '3', '--out', str(tmp_path), '--save-weights']
-    processes = [
-        subprocess.Popen([sys.executable, str(SCRIPT), *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        for _ in range(2)
-    ]
-    assert [process.wait(timeout=200) for process in processes] == [0, 0]
+def test_a_second_process_on_the_same_folder_is_refused_in_one_line(finished, tmp_path):
+    arguments = [*SMALL, '--seeds', '0', '1', '--epochs', '3', '--out', str(tmp_path / 'out')]
+    with owned(tmp_path / 'out'):
+        second = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
+        assert second.returncode == 2
+        assert second.stderr.startswith('error: another process is writing ')
+        assert len(second.stderr.splitlines()) == 1
+        assert not (tmp_path / 'out' / 'results.csv').exists()
+    reproduce.main(arguments)
+    assert rows(tmp_path / 'out') == rows(finished)
+
+
+def test_an_executor_may_make_the_runs_anywhere_and_in_any_order(finished, tmp_path):
+    """What an engine for many machines does: a process a run, given the job and the run alone."""
+
+    def elsewhere(runs, job, batches, source, bar):
+        context = multiprocessing.get_context('spawn')
+        with ProcessPoolExecutor(2, mp_context=context) as pool:
+            for future in as_completed([pool.submit(make_alone, run, job) for run in reversed(runs)]):
+                yield future.result()
+
+    args = reproduce.parse_args([*SMALL, '--seeds', '0', '1', '--epochs', '3', '--out', str(tmp_path)])
+    job = grid.Job(make_settings(args), tmp_path, command='')
+    text = grid.reproduce(args.models, args.seeds, job, executor=elsewhere)
     key = itemgetter('run')
     assert sorted(rows(tmp_path), key=key) == sorted(rows(finished), key=key)
-    assert len(rows(tmp_path, 'curves.csv')) == 4 * 3
-    lines = table(read_csv(tmp_path / 'results.csv', reproduce.RESULTS), 'small_cnn')
-    assert lines in (tmp_path / 'table.md').read_text()
+    assert sorted(map(str, rows(tmp_path, 'curves.csv'))) == sorted(map(str, rows(finished, 'curves.csv')))
+    assert table(read_rows(tmp_path / 'results.csv', RESULTS), 'small_cnn') in text
 
 
-def test_a_run_of_another_process_is_left_to_it_and_made_if_that_one_stops(finished, tmp_path):
-    arguments = [*SMALL, '--seeds', '0', '--epochs', '3', '--out', str(tmp_path)]
-    first, second = rows(finished)[:2]
-    (tmp_path / 'runs').mkdir()
-    with reproduce.claimed(tmp_path / 'runs' / first['run']) as ours:
-        assert ours
-        process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        assert process.stdout.readline().startswith('small_cnn seed 0: left to another process')
-        assert process.stdout.readline().startswith('small_saecnn:sae_reduction=8 seed 0: accuracy')
-        assert process.poll() is None
-    text, _ = process.communicate(timeout=200)
-    assert process.returncode == 0
-    assert rows(tmp_path) == [second, first]
-    assert table(read_csv(tmp_path / 'results.csv', reproduce.RESULTS), 'small_cnn') in text
+def make_alone(run, job):
+    return grid.make_run(run, job, *job.load(), lambda done, history: None)
 
 
 def settings(**changes) -> Settings:
     arguments = reproduce.parse_args(['--models', 'small_cnn', '--dataset', 'digits', '--out', 'x', '--device', 'cpu'])
-    return Settings(**{**vars(reproduce.settings_of(arguments)), **changes})
+    return Settings(**{**vars(make_settings(arguments)), **changes})
 
 
 def test_batches_from_memory_are_crops_and_flips_of_every_image_once():
@@ -216,7 +226,7 @@ def test_batches_from_memory_are_crops_and_flips_of_every_image_once():
 
 @pytest.mark.parametrize('read_at_once', [256, 6])
 def test_test_batches_are_what_timms_transform_gives(monkeypatch, read_at_once):
-    monkeypatch.setattr(_batches, 'READ_AT_ONCE', read_at_once)
+    monkeypatch.setattr(batches_module, 'READ_AT_ONCE', read_at_once)
     data = load_dataset('digits', limit=20)
     batches = Batches(data, settings(image_size=20, batch_size=8), workers=0)
     _, test = batches.of(timm.create_model('small_cnn'))
@@ -240,7 +250,7 @@ def folder(tmp_path) -> Path:
 @pytest.mark.parametrize('fits', [True, False], ids=['in memory', 'by the loader'])
 def test_an_image_folder_trains_the_same_with_any_workers_and_resumes(folder, tmp_path, monkeypatch, fits):
     if not fits:
-        monkeypatch.setattr(_batches, 'MEMORY_LIMIT', 0)
+        monkeypatch.setattr(batches_module, 'MEMORY_LIMIT', 0)
     arguments = [
         '--dataset',
         str(folder),
@@ -282,7 +292,7 @@ def test_an_image_folder_trains_the_same_with_any_workers_and_resumes(folder, tm
 @pytest.mark.parametrize('dataset', ['digits', 'folder'])
 def test_all_models_of_a_grid_get_the_same_pixels(folder, monkeypatch, dataset):
     """timm's configs of these two want other interpolations and crops of the same image."""
-    monkeypatch.setattr(_batches, 'MEMORY_LIMIT', 0 if dataset == 'folder' else 2**30)
+    monkeypatch.setattr(batches_module, 'MEMORY_LIMIT', 0 if dataset == 'folder' else 2**30)
     data = load_dataset('digits', limit=20) if dataset == 'digits' else load_dataset(str(folder))
     seen = []
     for name in ('resnet50', 'senetv2_resnet50', 'cifar_resnet20'):
@@ -294,7 +304,7 @@ def test_all_models_of_a_grid_get_the_same_pixels(folder, monkeypatch, dataset):
 
 
 def test_the_loaders_augmentation_is_of_epoch_and_image(folder, monkeypatch):
-    monkeypatch.setattr(_batches, 'MEMORY_LIMIT', 0)
+    monkeypatch.setattr(batches_module, 'MEMORY_LIMIT', 0)
     data = load_dataset(str(folder))
     training, _ = Batches(data, settings(image_size=8, batch_size=12, crop_padding=4), 0).of(
         timm.create_model('small_cnn')
@@ -314,7 +324,7 @@ def test_protocols_are_the_papers():
         args = reproduce.parse_args(
             ['--models', 'small_cnn', '--dataset', 'cifar10', '--out', 'x', '--protocol', protocol]
         )
-        chosen = reproduce.settings_of(args)
+        chosen = make_settings(args)
         model = timm.create_model('cifar_resnet20')
         return chosen, make_optimizer(model, chosen, updates=10)
 
@@ -350,7 +360,7 @@ def test_specs_expand_to_their_grid():
     ]
     (spec,) = parse_specs('cifar_resnet20:widths=[8, 16,32],aggregation_op=max')
     assert dict(spec.options) == {'widths': [8, 16, 32], 'aggregation_op': 'max'}
-    assert spec.create(10).num_features == 32
+    assert build(spec, 10).num_features == 32
     assert len({spec, *parse_specs('cifar_resnet20:widths=[8,16,32],aggregation_op=max')}) == 1
 
 
@@ -400,7 +410,7 @@ def test_table_and_plots_are_made_from_the_rows(finished):
     assert 'best epoch' in text and str(finished) in text
     for name in ('accuracy_vs_parameters.png', 'curves.png'):
         assert Image.open(finished / name).width > 500
-    assert table(read_csv(finished / 'results.csv', reproduce.RESULTS), 'small_cnn') in text
+    assert table(read_rows(finished / 'results.csv', RESULTS), 'small_cnn') in text
 
 
 @pytest.mark.parametrize(
@@ -434,7 +444,7 @@ def test_table_and_plots_are_made_from_the_rows(finished):
         (['--seeds', str(2**63)], '--seeds must be below'),
         (['--out', ''], '--out needs'),
         (['--ema-decay', '1'], '--ema-decay must be'),
-        (['--limit', '0'], 'limit of images'),
+        (['--limit', '0'], '--limit must be at least 1'),
         (['--dataset', 'fashion-mnist', '--data-dir', 'nowhere', '--no-download'], 'Fashion-MNIST is not in nowhere'),
     ],
 )
@@ -505,7 +515,7 @@ def test_a_path_that_the_system_refuses_is_one_line(tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'file').write_text('x')
     with pytest.raises(SystemExit) as stopped:
-        _cli.run(lambda: reproduce.main([*SMALL, *arguments]))
+        errors.run(lambda: reproduce.main([*SMALL, *arguments]))
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith('error: ')

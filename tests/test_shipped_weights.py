@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from _data import FASHION_MNIST_CLASSES, FASHION_MNIST_MEAN, FASHION_MNIST_STD
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import get_pretrained_cfg, save_for_hf
+
+from experiments.data import FASHION_MNIST_CFG
 
 MODELS = ('cifar_resnet20', 'cifar_seresnet20', 'cifar_senetv2_resnet20')
 # 28-pixel images of the test set, ten a row: row c holds the first ten of class c. Fashion-MNIST, MIT licence
@@ -48,8 +49,13 @@ def test_tag_is_listed_and_is_the_default(name):
 @shipped
 def test_config_says_how_the_images_were_prepared(name):
     cfg = get_pretrained_cfg(f'{name}.fmnist')
-    assert cfg.label_names == FASHION_MNIST_CLASSES
-    assert (cfg.mean, cfg.std) == (FASHION_MNIST_MEAN, FASHION_MNIST_STD)
+    assert cfg.label_names[9] == 'Ankle boot' and len(cfg.label_names) == 10
+    assert (cfg.mean, cfg.std) == ((0.286,) * 3, (0.353,) * 3)
+    assert (cfg.label_names, cfg.mean, cfg.std) == (
+        FASHION_MNIST_CFG.label_names,
+        FASHION_MNIST_CFG.mean,
+        FASHION_MNIST_CFG.std,
+    )
 
 
 @shipped

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from .registration import register
 
 if TYPE_CHECKING:
-    from .checkpoints import lift as lift
     from .layers import ChannelAggregation as ChannelAggregation
     from .layers import SqueezeAggregatedExcitation as SqueezeAggregatedExcitation
+    from .lifting import add_attention as add_attention
+    from .lifting import lift as lift
     from .models import CifarResNet as CifarResNet
     from .models import SmallCNN as SmallCNN
 
@@ -22,15 +23,24 @@ _LAZY = {
     'SqueezeAggregatedExcitation': 'layers',
     'CifarResNet': 'models',
     'SmallCNN': 'models',
-    'lift': 'checkpoints',
+    'add_attention': 'lifting',
+    'lift': 'lifting',
 }
 
-__all__ = ['ChannelAggregation', 'CifarResNet', 'SmallCNN', 'SqueezeAggregatedExcitation', 'lift', 'register']
+__all__ = [
+    'ChannelAggregation',
+    'CifarResNet',
+    'SmallCNN',
+    'SqueezeAggregatedExcitation',
+    'add_attention',
+    'lift',
+    'register',
+]
 
 register()
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name not in _LAZY:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     from importlib import import_module

@@ -1,125 +1,33 @@
-"""Foreign weights into ours: SE of any timm model, the SEANet authors' checkpoints, SaE stored branch by branch."""
+"""Weight files: read whatever form they have, foreign layouts into ours, and written as timm loads them."""
 
-import math
+import json
 import pickle
 import re
-from collections.abc import Mapping
+import warnings
+import zipfile
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
 from os import PathLike
-from typing import NamedTuple, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors.torch import load_file
-from timm.layers import EffectiveSEModule, SEModule
-from timm.models import clean_state_dict
-from timm.models.efficientnet import SqueezeExcite
-from timm.models.senet import SEModule as OriginalSEModule
+from timm.models import clean_state_dict, save_for_hf
 from torch import nn
 
+from .errors import UserError, one_line, printable, why
 from .layers import SqueezeAggregatedExcitation
-from .layers._checks import check_whole_number
-from .models._pretrained import lift_state_dict
+from .models.pretrained import lift_state_dict
 
-Model = TypeVar('Model', bound=nn.Module)
-
-# The names each of timm's SE classes has for: first dense layer, activation, second dense layer, gate
-_SE_PARTS = {
-    SEModule: ('fc1', 'act', 'fc2', 'gate'),
-    SqueezeExcite: ('conv_reduce', 'act1', 'conv_expand', 'gate'),
-    OriginalSEModule: ('fc1', 'relu', 'fc2', 'sigmoid'),
-}
-SE_CLASSES = (*_SE_PARTS, EffectiveSEModule)
-
-
-def lift(model: Model, reduction: int = 32, cardinality: int = 4) -> Model:
-    """Put SaE in the place of every SE layer of a timm model, without changing what the model computes.
-
-    An SE layer with d' hidden units over C channels becomes SaE with `cardinality` branches of C // reduction hidden
-    units each, or of ceil(d' / cardinality) where that is more, which takes all of SE's. Hidden units beyond d' add
-    nothing yet and train from the first step on. Activation, gate, dtype, device, training mode and which parameters
-    require gradients stay.
-
-    Args:
-        model: A model of any family whose attention is timm's `SEModule` or `SqueezeExcite`. Changed in place. timm
-            rebuilds a model from its name, with SE, so build and lift again before loading the result's state dict.
-        reduction: See above.
-        cardinality: Branches of each SaE.
-
-    Returns:
-        The model; or the SaE layer, if `model` is itself an SE layer.
-
-    Raises:
-        ValueError: A model without SE layers, or with one whose function SaE does not have, such as a norm or a maximum
-            inside; says which and why. The model is unchanged then.
-    """
-    check_whole_number('reduction', reduction)
-    check_whole_number('cardinality', cardinality)
-    names = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, SE_CLASSES):
-            names.setdefault(module, []).append(name)
-    if not names:
-        raise ValueError(f'{type(model).__name__} holds no SEModule or SqueezeExcite, so there is nothing to lift')
-    for se, (name, *_) in names.items():
-        reason = _why_not(se)
-        if reason:
-            raise ValueError(f'{name or "the layer"} ({type(se).__name__}) cannot be lifted: {reason}')
-
-    layers = {se: _sae_like(se, reduction, cardinality) for se in names}
-    if model in layers:
-        return layers[model]
-    for se, places in names.items():
-        for name in places:
-            model.set_submodule(name, layers[se])
-    return model
-
-
-def _why_not(se: nn.Module) -> str | None:
-    """Why no SaE computes what this layer does, or None."""
-    if isinstance(se, EffectiveSEModule):
-        return 'it has one dense layer where SE has two'
-    if type(se) not in _SE_PARTS or 'forward' in vars(se):
-        return "its class or its forward is not timm's own"
-    if not isinstance(getattr(se, 'bn', None), (nn.Identity, type(None))):
-        return f'it has a {type(se.bn).__name__} between its dense layers'
-    if getattr(se, 'add_maxpool', False):
-        return 'it squeezes with the maximum as well as the mean'
-    first, _, second, _ = _parts(se)
-    if any(type(conv) is not nn.Conv2d or conv.kernel_size != (1, 1) or conv.groups != 1 for conv in (first, second)):
-        return 'its dense layers are not plain 1x1 convolutions'
-    return None
-
-
-def _parts(se: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
-    return tuple(getattr(se, part) for part in _SE_PARTS[type(se)])
-
-
-def _sae_like(se: nn.Module, reduction: int, cardinality: int) -> SqueezeAggregatedExcitation:
-    first, act, second, gate = _parts(se)
-    layer = SqueezeAggregatedExcitation(
-        first.in_channels,
-        cardinality=cardinality,
-        rd_channels=max(1, first.in_channels // reduction, math.ceil(first.out_channels / cardinality)),
-        bias=first.bias is not None,
-        act_layer=lambda: act,
-        gate_layer=lambda: gate,
-        device=first.weight.device,
-        dtype=first.weight.dtype,
-    )
-    parameters = {
-        f'{ours}.{name}': parameter
-        for ours, conv in (('fc1', first), ('fc2', second))
-        for name, parameter in conv.named_parameters()
-    }
-    layer.load_state_dict(layer.embed(parameters))
-    for name, parameter in parameters.items():
-        layer.get_parameter(name).requires_grad_(parameter.requires_grad)
-    return layer.train(se.training)
-
+Number = TypeVar('Number', int, float)
 
 _SEANET_LAYOUTS = {
     "the SEANet authors' for CIFAR-10": {'epoch', 'weight'},
     "the SEANet authors' for CIFAR-100": {'epoch', 'state_dict', 'best_acc1'},
 }
+_WRAPPERS = ('state_dict', 'model', 'weight')
+_AVERAGED = ('state_dict_ema', 'model_ema')
 
 
 class Checkpoint(NamedTuple):
@@ -133,53 +41,146 @@ class Checkpoint(NamedTuple):
     """Best test accuracy, %, as the file has it."""
 
 
-def read_checkpoint(path: str | PathLike) -> Checkpoint:
-    """Read a foreign checkpoint: the SEANet authors' CIFAR-10 or CIFAR-100 form, or a state dict by itself.
+def read_checkpoint(path: str | PathLike[str], ema: bool = False) -> Checkpoint:
+    """Read weights: of timm's train.py, in the SEANet authors' CIFAR-10 or CIFAR-100 form, or a state dict by itself.
 
     Args:
         path: A `torch.save` file, of any PyTorch version, or a `.safetensors` file. It is never unpickled freely.
+        ema: Take the averaged weights that timm's train.py keeps beside the others.
 
     Raises:
-        ValueError: A file that is damaged, that needs more than `weights_only=True` allows, or without a state dict.
-        OSError: A file that cannot be opened.
+        UserError: A file that is not there or damaged, that needs more than `weights_only=True` allows, or without
+            plain tensors by name; names the first that is not.
     """
-    with open(path, 'rb'):  # torch reports a missing file in several ways
-        pass
-    try:
-        content = (
-            load_file(path)
-            if str(path).endswith('.safetensors')
-            else torch.load(path, map_location='cpu', weights_only=True)
-        )
-    except Exception as e:  # bytes that are no checkpoint can fail in any way
-        needs = re.search(r'GLOBAL (\S+)', str(e)) if isinstance(e, pickle.UnpicklingError) else None
-        if needs is None:
-            raise ValueError(f'{path} is not a checkpoint, or it is damaged') from e
-        raise ValueError(
-            f'{path} is refused: reading it would run {needs[1]}, and a file of weights needs no code. '
-            'If you trust it, load it where it was made and save its state dict alone'
-        ) from e
-
+    path, shown = Path(path), printable(path)
+    content = _load(path, shown)
     if not isinstance(content, Mapping):
-        raise ValueError(f'{path} holds a {type(content).__name__}, not weights by name')
-    wrapper = next((key for key in ('weight', 'state_dict') if isinstance(content.get(key), Mapping)), None)
+        raise UserError(f'{shown} holds no state dict but a {type(content).__name__}')
+    wrapper = next((key for key in (_AVERAGED if ema else _WRAPPERS) if isinstance(content.get(key), Mapping)), None)
+    if ema and wrapper is None:
+        raise UserError(f'{shown} holds no averaged (EMA) weights; leave --ema out')
     state_dict = content if wrapper is None else content[wrapper]
-    if not state_dict or not all(torch.is_tensor(value) for value in state_dict.values()):
-        raise ValueError(f'{path} holds no state dict; its keys are {", ".join(map(str, list(content)[:8])) or "none"}')
+    if not state_dict or (wrapper is None and not any(isinstance(value, torch.Tensor) for value in content.values())):
+        keys = ', '.join(printable(key, limit=40) for key in list(content)[:8])
+        raise UserError(f'{shown} holds no state dict; its keys are {keys or "none"}')
+    for key, tensor in state_dict.items():
+        if not isinstance(key, str):
+            raise UserError(f'{shown} holds no state dict: its key {printable(key, limit=40)} is not a name')
+        reason = _why_no_weight(tensor)
+        if reason:
+            raise UserError(f'{shown} holds no state dict: its {printable(key)!r} {reason}')
+    state_dict = clean_state_dict(dict(state_dict))
     if wrapper is None:
-        return Checkpoint(clean_state_dict(state_dict), 'a state dict')
+        return Checkpoint(state_dict, 'a state dict')
     layout = next((name for name, keys in _SEANET_LAYOUTS.items() if keys <= content.keys()), 'a training checkpoint')
-    epoch, best_acc1 = content.get('epoch'), content.get('best_acc1')
+    keys = ', '.join(printable(key, limit=40) for key in list(content)[:12])
     return Checkpoint(
-        clean_state_dict(state_dict),
-        f'{layout}: {", ".join(content)}',
-        None if epoch is None else int(epoch),
-        None if best_acc1 is None else float(best_acc1),
+        state_dict,
+        f'{layout}: {keys}{", the averaged weights" if ema else ""}',
+        _number(content.get('epoch'), int),
+        _number(content.get('best_acc1'), float),
     )
 
 
+def load_weights(model: nn.Module, checkpoint: Checkpoint, source: str) -> None:
+    """Put the weights of a checkpoint into one of our models, converting them where they are of a foreign layout.
+
+    Args:
+        model: Changed in place, unless this raises.
+        checkpoint: From `read_checkpoint`.
+        source: What to call the checkpoint, such as its path.
+
+    Raises:
+        UserError: Weights that do not fit, or are not finite; names the first on each side.
+    """
+    name = model.pretrained_cfg['architecture']  # type: ignore[index]  # torch: Tensor | Module
+    shown = printable(source)
+    own = model.state_dict()
+    try:
+        state_dict = convert_state_dict(checkpoint.state_dict, model)
+    except (RuntimeError, ValueError) as e:
+        raise UserError(f'{shown} does not fit {name}: {one_line(e)}') from None
+    for key, tensor in state_dict.items():
+        kinds = [t.is_floating_point() or t.is_complex() for t in (tensor, own[key])]
+        if kinds[0] != kinds[1] or tensor.is_complex():
+            types = [str(t.dtype).removeprefix('torch.') for t in (tensor, own[key])]
+            raise UserError(f'{shown} does not fit {name}: its {key} holds {types[0]} where {types[1]} belongs')
+        if not tensor.to(own[key].dtype).isfinite().all():
+            raise UserError(f'{shown}: {key} holds NaN or infinity: the training diverged')
+    model.load_state_dict(state_dict)
+
+
+def save(model: nn.Module, folder: Path, **kwargs: Any) -> None:
+    """timm's `save_for_hf`, in safetensors, and so that transformers loads it too.
+
+    timm 1.0.31 records `num_classes` among the model's arguments as well as beside them, and transformers' TimmWrapper
+    passes both to `create_model`, which refuses that. timm itself takes the one beside them.
+    """
+    save_for_hf(model, str(folder), safe_serialization=True, **kwargs)
+    path = folder / 'config.json'
+    config = json.loads(path.read_text(encoding='utf-8'))
+    if 'num_classes' in config:
+        config.get('model_args', {}).pop('num_classes', None)
+        if not config.get('model_args', True):
+            del config['model_args']
+    path.write_text(json.dumps(config, indent=2), encoding='utf-8')
+
+
+def _load(path: Path, shown: str) -> object:
+    try:
+        if not path.is_file():
+            raise UserError(f'cannot read {shown}: {"it is not a file" if path.exists() else "there is no such file"}')
+        with path.open('rb') as file:  # torch reports a file that may not be read in several ways
+            is_zip = file.read(4) == b'PK\x03\x04'
+    except (OSError, ValueError) as e:
+        raise UserError(f'cannot read {shown}: {why(e)}') from None
+    damaged = UserError(f'{shown} is not a checkpoint, or it is damaged')
+    try:
+        if path.suffix == '.safetensors':
+            return load_file(path)
+        if is_zip:
+            with zipfile.ZipFile(path) as archive:  # torch never compresses; a megabyte could become gigabytes
+                if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                    raise damaged
+        with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of tensors that are refused below
+            return torch.load(path, map_location='cpu', weights_only=True)  # timm records its arguments as a Namespace
+    except Exception as e:  # bytes that are no checkpoint can fail in any way
+        needs = re.search(r'GLOBAL (\S+)', str(e)) if isinstance(e, pickle.UnpicklingError) else None
+        if needs is None:
+            raise damaged from None
+    raise UserError(
+        f'{shown} is refused: reading it would run {printable(needs[1])}, and a file of weights needs no code. '
+        'If you trust it, load it where it was made and save its state dict alone'
+    )
+
+
+def _why_no_weight(tensor: object) -> str | None:
+    """Why this is not a plain tensor with all of its values, in words; None if it is."""
+    if not isinstance(tensor, torch.Tensor):
+        return 'is not a tensor'
+    if tensor.layout != torch.strided:
+        return 'is a sparse tensor; save it dense'
+    if tensor.is_quantized:
+        return 'is a quantized tensor; save it as float'
+    if tensor.device.type != 'cpu':
+        return f'has no values (device {tensor.device.type})'
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return f'has the shape {tuple(tensor.shape)} and fewer values than that'
+    return None
+
+
+def _number(value: object, kind: type[Number]) -> Number | None:
+    """A number that a file tells about itself; None where it tells nothing that can be one."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and _why_no_weight(value) is None:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e9:
+        return None
+    return kind(value)
+
+
 def convert_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Foreign weights under the names and in the shapes of one of our models.
+    """Foreign weights under the names and in the shapes of one of our models; its own pass through.
 
     Trunk tensors go by their names, which are torchvision's in the published code. Attention goes by structure: within
     a block, one or more dense layers C to d, in the order of their names, and one layer from all of their outputs to C,
@@ -198,6 +199,8 @@ def convert_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Module)
         RuntimeError: Attention that has no room in the model; see `lift_state_dict`.
     """
     own = model.state_dict()
+    if {key: tensor.shape for key, tensor in state_dict.items()} == {key: tensor.shape for key, tensor in own.items()}:
+        return dict(state_dict)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, SqueezeAggregatedExcitation)}
     trunk = [key for key in own if not key.startswith(tuple(f'{name}.' for name in layers))]
     converted = {key: state_dict[key] for key in trunk if key in state_dict}
@@ -206,7 +209,7 @@ def convert_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Module)
         block = name.rpartition('.')[0] + '.'
         dense = _fused({key: foreign[key] for key in foreign if key.startswith(block)}, layer.channels)
         if dense is not None:
-            converted.update({f'{name}.{key}': tensor for key, tensor in dense.items()})
+            converted.update({f'{name}.{key}': tensor for key, tensor in dense.state_dict().items()})
             foreign = {key: tensor for key, tensor in foreign.items() if not key.startswith(block)}
 
     missing = [key for key in own if key not in converted]
@@ -222,30 +225,33 @@ def convert_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Module)
     return lift_state_dict(converted, model)
 
 
-def _first(keys, tensors: Mapping[str, torch.Tensor]) -> str:
-    return next((f'{key} {tuple(tensors[key].shape)}' for key in keys), 'nothing')
+def _first(keys: Iterable[str], tensors: Mapping[str, torch.Tensor]) -> str:
+    return next((f'{printable(key)} {tuple(tensors[key].shape)}' for key in keys), 'nothing')
 
 
 def _natural(key: str) -> list[str | int]:
-    return [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', key)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r'([0-9]+)', key)]
 
 
-def _fused(tensors: Mapping[str, torch.Tensor], channels: int) -> dict[str, torch.Tensor] | None:
-    """The dense layers of one attention as `fc1` and `fc2`, or None where they are not of the known structure."""
+def _fused(tensors: Mapping[str, torch.Tensor], channels: int) -> SqueezeAggregatedExcitation | None:
+    """The dense layers of one attention as one SaE layer, or None where they are not of the known structure."""
     names = [key for key in sorted(tensors, key=_natural) if key.endswith('.weight') and tensors[key].ndim > 1]
     weights = {key: tensors[key].flatten(1) for key in names}
     branches = [key for key, w in weights.items() if w.shape[1] == channels > w.shape[0]]
     outputs = [key for key, w in weights.items() if w.shape[0] == channels]
     if not branches or len(outputs) != 1 or len(weights) != len(branches) + 1:
         return None
-    first, second = torch.cat([weights[key] for key in branches]), weights[outputs[0]]
-    if len({weights[key].shape for key in branches}) > 1 or second.shape[1] != len(first):
-        return None
     biases = [key.removesuffix('weight') + 'bias' for key in (*branches, *outputs)]
     if tensors.keys() == weights.keys():
-        fc1_bias, fc2_bias = first.new_zeros(len(first)), second.new_zeros(channels)
-    elif tensors.keys() == {*weights, *biases}:
-        fc1_bias, fc2_bias = torch.cat([tensors[key] for key in biases[:-1]]), tensors[biases[-1]]
-    else:
+        tensors = dict(zip(biases, (weights[key][:, 0].new_zeros(len(weights[key])) for key in names), strict=True))
+    elif tensors.keys() != {*weights, *biases}:
         return None
-    return {'fc1.weight': first, 'fc1.bias': fc1_bias, 'fc2.weight': second, 'fc2.bias': fc2_bias}
+    try:
+        return SqueezeAggregatedExcitation.from_branches(
+            branch_weights=[weights[key] for key in branches],
+            out_weight=weights[outputs[0]],
+            branch_biases=[tensors[key] for key in biases[:-1]],
+            out_bias=tensors[biases[-1]],
+        )
+    except ValueError:  # shapes that do not belong together
+        return None

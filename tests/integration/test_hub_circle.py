@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import push_to_hub
 import pytest
 import timm
 import torch
@@ -43,7 +42,9 @@ def test_push_then_load_by_the_printed_line_then_load_offline(hub_server, proces
     model = timm.create_model('cifar_senetv2_resnet20')
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'last.pth.tar')
     pushed = process(
-        push_to_hub.__file__,
+        '-m',
+        'timm_senetv2',
+        'push',
         '--model',
         'cifar_senetv2_resnet20',
         '--checkpoint',
@@ -73,7 +74,16 @@ def test_push_then_load_by_the_printed_line_then_load_offline(hub_server, proces
 
 def test_failed_push_is_one_line_and_never_shows_the_token(hub_server, process, tmp_path):
     save_file(timm.create_model('small_cnn').state_dict(), tmp_path / 'w.safetensors')
-    command = (push_to_hub.__file__, '--model', 'small_cnn', '--checkpoint', tmp_path / 'w.safetensors', '--repo-id')
+    command = (
+        '-m',
+        'timm_senetv2',
+        'push',
+        '--model',
+        'small_cnn',
+        '--checkpoint',
+        tmp_path / 'w.safetensors',
+        '--repo-id',
+    )
     # a Hub that repeats the token in its answer
     hub_server.fault('POST', '/commit/', times=2, status=418, headers={'X-Error-Message': f'no coffee for {TOKEN}'})
     quiet = process(*command, 'me/x', check=False)

@@ -1,6 +1,8 @@
 """Wheel, source distribution and editable install, each in an environment where nothing else provides the package."""
 
+import argparse
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -11,6 +13,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 CHECK = """
@@ -24,7 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 assert version('timm-senetv2') == timm_senetv2.__version__
 print(len(timm.list_models(module=['senetv2', 'cifar', 'small_cnn'])), Path(timm_senetv2.__file__).parent)
-print(timm_senetv2.hub.CARDS)
+print(sum(facts.license is not None for facts in [timm_senetv2.hub.facts_of('senetv2_resnet50', 'plain_tv_in1k')]))
 """
 
 
@@ -101,7 +106,6 @@ def test_source_distribution_builds_the_wheel_of_the_clone(clone, dist, tmp_path
     wheel = contents(dist['wheel'])
     assert contents(next(tmp_path.glob('*.whl'))) == wheel
     expected = {p.relative_to(clone).as_posix() for p in (clone / 'timm_senetv2').rglob('*') if p.is_file()}
-    expected |= {f'timm_senetv2/{p.relative_to(clone).as_posix()}' for p in (clone / 'hub_cards').iterdir()}
     expected |= {'timm_senetv2_autoload.py'}
     assert expected <= wheel.keys()
     assert 'timm_senetv2/py.typed' in wheel
@@ -112,7 +116,7 @@ def test_source_distribution_builds_the_wheel_of_the_clone(clone, dist, tmp_path
 def test_installed_package_works_and_uninstalls_without_trace(kind, dist, environment, tmp_path):
     environment.install(dist[kind])
     where = environment.site_packages / 'timm_senetv2'
-    assert run(environment.python, '-c', CHECK, cwd=tmp_path).splitlines() == [f'38 {where}', f'{where / "hub_cards"}']
+    assert run(environment.python, '-c', CHECK, cwd=tmp_path).splitlines() == [f'38 {where}', '1']
     environment.pip('uninstall', '--yes', 'timm-senetv2')
     assert not where.exists()
     code = 'import torch, timm; print(timm.is_model("seanet20"), timm.is_model("resnet18"))'
@@ -137,6 +141,69 @@ print(timm.is_model('resnet18'), timm.is_model('seanet20'))
     assert run(environment.python, '-c', code, cwd=tmp_path).splitlines() == ["['RuntimeWarning']", 'True False']
 
 
+SCRIPT = """
+import sys, timm
+from pathlib import Path
+print(Path(timm.__file__).parts[-2], timm.is_model('seanet20'), *sys.argv[1:])
+"""
+
+
+def test_every_command_works_from_the_wheel_outside_any_clone(dist, environment, hub_server, tmp_path):
+    environment.install(dist['wheel'])
+    command = environment.python.parent / 'timm-senetv2'
+    away = tmp_path / 'away'
+    away.mkdir()
+
+    listed = json.loads(run(command, 'models', 'senetv2_resnet50', '--json', cwd=away))
+    assert [row['params'] for row in listed] == [30603912]
+    default = next(tag for tag in listed[0]['tags'] if tag['default'])
+    assert default['source'] == 'timm/seresnet50.ra2_in1k' and default['accuracies'][0]['top1'] == 81.288
+
+    torch.manual_seed(0)
+    model = timm.create_model('cifar_senetv2_resnet20', num_classes=4)
+    torch.save(
+        {'state_dict': model.state_dict(), 'epoch': 7, 'args': argparse.Namespace(lr=0.1)}, away / 'last.pth.tar'
+    )
+    told = run(command, 'convert', 'last.pth.tar', '--model', 'cifar_senetv2_resnet20', '--out', 'out', cwd=away)
+    assert 'epoch: 7' in told and 'classes: 4' in told
+    converted = load_file(away / 'out' / 'model.safetensors')
+    assert all(torch.equal(converted[key], tensor) for key, tensor in model.state_dict().items())
+
+    hub_server.tokens['hf_sentinel'] = 'write'
+    hub = dict(HF_ENDPOINT=hub_server.url, HF_HOME=str(tmp_path / 'hf'), HF_HUB_DISABLE_XET='1', HF_TOKEN='hf_sentinel')
+    given = ('--model', 'cifar_senetv2_resnet20', '--checkpoint', 'out/model.safetensors', '--repo-id', 'me/x')
+    told = run(command, 'push', *given, cwd=away, **hub)
+    assert told.splitlines()[-1] == "model = timm.create_model('hf-hub:me/x', pretrained=True)"
+    assert 'model.safetensors' in hub_server.model('me/x').files()
+
+    (away / 'repo' / 'timm').mkdir(parents=True)
+    (away / 'repo' / 'train.py').write_text(SCRIPT)
+    arguments = ('train', '--timm-repo', 'repo', '--model', 'x', '--', '-y')
+    for start in ([command], [environment.python, '-m', 'timm_senetv2']):
+        assert run(*start, *arguments, cwd=away) == 'timm True --model x -- -y'
+    told = run(
+        environment.python,
+        *('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '-m', 'timm_senetv2', *arguments),
+        cwd=away,
+    )
+    assert told.splitlines() == ['timm True --model x -- -y'] * 2
+
+
+def test_command_without_its_extra_says_in_one_line_what_to_install(dist, environment, tmp_path):
+    environment.install(dist['wheel'])
+    for package in ('pydantic', 'jinja2'):
+        for path in (tmp_path / 'packages').glob(f'{package}*'):
+            path.unlink()
+    command = [environment.python, '-m', 'timm_senetv2']
+    for name in ('push', 'cards'):
+        done = subprocess.run([*command, name, 'x'], cwd=tmp_path, capture_output=True, text=True)
+        line = f"error: timm-senetv2 {name} needs jinja2 and pydantic: pip install 'timm-senetv2[hub]'\n"
+        assert (done.returncode, done.stderr) == (2, line)
+    run(*command, 'push', '--help', cwd=tmp_path)
+    run(*command, 'convert', '--help', cwd=tmp_path)
+    run(*command, 'models', 'small_*', cwd=tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize('kind', ['wheel', 'sdist'])
@@ -144,7 +211,7 @@ def test_every_registration_case_holds_for_an_installed_package(kind, dist, envi
     environment.install(dist[kind])
     tests = tmp_path / 'tests'
     tests.mkdir()
-    for name in ('test_registration.py', 'conftest.py', 'hub_server.py'):
+    for name in ('test_registration.py', 'conftest.py', 'helpers/hub_server.py'):
         shutil.copy(ROOT / 'tests' / name, tests)
     output = run(environment.python, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', tests, cwd=tmp_path)
     assert ' passed' in output.splitlines()[-1] and 'failed' not in output and 'skipped' not in output

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.skipif(
     reason=f"timm's scripts are not in its wheel: set TIMM_REPO to a checkout of timm v{timm.__version__}",
 )
 
-WRAPPER = Path(__file__).parents[2] / 'scripts' / 'train.py'
-RECIPES = sorted((WRAPPER.parent / 'recipes').glob('*.yaml'))
+TRAIN = ('-m', 'timm_senetv2', 'train')
+RECIPES = sorted((Path(__file__).parents[2] / 'scripts' / 'recipes').glob('*.yaml'))
 CLASSES = 3
 CPU = ('--device', 'cpu')
 SMALL = ('--num-classes', str(CLASSES), '--workers', '0', '--batch-size', '12', *CPU)
@@ -52,7 +52,7 @@ def run(*command: str | Path) -> subprocess.CompletedProcess:
 
 
 def run_script(name: str, *args: str | Path) -> subprocess.CompletedProcess:
-    return run(sys.executable, WRAPPER, '--script', name, *args)
+    return run(sys.executable, *TRAIN, '--script', name, *args)
 
 
 def train(image_folder: Path, output: Path, model: str, *args: str | Path) -> Path:
@@ -220,8 +220,8 @@ def test_two_processes_train_one_model(image_folder, tmp_path):
             save_file(tensors(model), f'{tmp_path}/after{{rank}}.safetensors')
 
         timm.utils.distribute_bn = record
-        sys.path[0] = {str(WRAPPER.parent)!r}
-        runpy.run_path({str(WRAPPER)!r}, run_name='__main__')
+        sys.argv.insert(1, 'train')
+        runpy.run_module('timm_senetv2', run_name='__main__')
     """)
     )
     run(

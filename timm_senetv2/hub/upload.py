@@ -1,6 +1,7 @@
 """One commit to the Hub, and the proof that it arrived."""
 
 import hashlib
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,15 @@ from typing import NamedTuple, TypeVar
 import timm
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
-from .errors import HubError, attempt
+from ..catalog import config_of
+from ..errors import UserError, printable
+from ..files import sha256
 from .files import FILES
+from .retry import attempt
 
 T = TypeVar('T')
 
@@ -58,53 +62,80 @@ def push(
         wait: Seconds after the first failed try; doubles with each, and a longer wish of the Hub's is obeyed.
 
     Raises:
-        HubError: What failed and what to do about it.
+        UserError: What failed and what to do about it.
     """
     folder = Path(folder)
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError:
-        raise HubError(
-            f'{repo_id!r} is not a repository on the Hub; give it as owner/name, of letters, digits, -_.'
-        ) from None
-    if repo_id.count('/') != 1:
-        raise HubError(f'{repo_id!r} must name its owner, as in me/{repo_id}')
+    check_target(repo_id, revision)
     token = token or get_token()
     if token is None:
-        raise HubError('there is no Hugging Face token; run `hf auth login`, or set HF_TOKEN')
+        raise UserError('there is no Hugging Face token; run `hf auth login`, or set HF_TOKEN')
     if not (token.isascii() and token.isprintable() and ' ' not in token):
-        raise HubError('the Hugging Face token holds characters that no token has; run `hf auth login` again')
+        raise UserError('the Hugging Face token holds characters that no token has; run `hf auth login` again')
     api = HfApi(endpoint=endpoint, token=token)
 
     def step(what: str, action: Callable[[], T]) -> T:
         return attempt(what, action, repo_id=repo_id, token=token, attempts=attempts, wait=wait)
 
     step('check the token', lambda: api.whoami())
+    if private and step('look for the repository', lambda: _is_public(api, repo_id)):
+        raise UserError(
+            f'{repo_id} is there already, and public: nothing was sent. Make it private on the Hub first, choose '
+            'another name, or leave --private out'
+        )
     step('create the repository', lambda: api.create_repo(repo_id, private=private, exist_ok=True))
     if revision != 'main' and not create_pr and not revision.startswith('refs/'):
         step(f'create the branch {revision}', lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-    pushed = step('commit the files', lambda: _commit_once(api, folder, repo_id, revision, create_pr))
+    before = step('read the repository', lambda: api.model_info(repo_id, revision=revision))
+    if private and not before.private:  # somebody else made it in between
+        raise UserError(f'{repo_id} is public, although a private one was asked for: nothing was sent')
+    pushed = step('commit the files', lambda: _commit(api, folder, repo_id, revision, create_pr))
+    pushed = pushed._replace(new=pushed.new and pushed.commit != before.sha)
     step('download what was pushed', lambda: _verify(api, folder, repo_id, pushed.commit, model))
     return pushed
 
 
-def _commit_once(api: HfApi, folder: Path, repo_id: str, revision: str, create_pr: bool) -> Pushed:
-    """Commit unless the files are there already: a commit whose answer got lost is found, not made twice."""
-    wanted = {name: _oids(folder / name) for name in FILES}
+def check_target(repo_id: str, revision: str = 'main') -> None:
+    """Make sure that a model can have this name on the Hub and this branch, as far as the names alone can tell.
 
-    def state(at: str) -> tuple[str, bool]:
-        info = api.model_info(repo_id, revision=at, files_metadata=True)
-        there = {s.rfilename: s.lfs.sha256 if s.lfs else s.blob_id for s in info.siblings}
-        return info.sha, all(there.get(name) in oids for name, oids in wanted.items())
+    Raises:
+        UserError: It cannot.
+    """
+    shown = printable(repo_id)
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        raise UserError(
+            f'{shown!r} is not a repository on the Hub; give it as owner/name, of letters, digits, -_.'
+        ) from None
+    if repo_id.count('/') != 1:
+        raise UserError(f'{shown!r} must name its owner, as in me/{shown}')
+    # the rules of git for the names of branches
+    odd = re.search(r'[^!-~]|[~^:?*\[\\@]|\.\.|//|/\.|\.lock(/|$)|^[./-]|[./]$', revision)
+    if odd or not revision or len(revision) > 200:
+        raise UserError(f'{printable(revision)!r} is not the name of a branch')
 
-    head, same = state(revision)
-    if same:
-        return Pushed(head, revision, False, f'{api.endpoint}/{repo_id}/commit/{head}')
+
+def _is_public(api: HfApi, repo_id: str) -> bool:
+    """Whether there is such a repository that everybody can see."""
+    try:
+        return not api.model_info(repo_id).private
+    except RepositoryNotFoundError:
+        return False
+
+
+def _commit(api: HfApi, folder: Path, repo_id: str, revision: str, create_pr: bool) -> Pushed:
+    """Commit what differs. A pull request whose answer got lost is found, not opened twice.
+
+    create_commit leaves out the files that the repository has, and makes no commit where it has all of them.
+    """
+    head = api.model_info(repo_id, revision=revision).sha
     if create_pr:
+        wanted = {name: _oids(folder / name) for name in FILES}
         for proposal in api.get_repo_discussions(repo_id, discussion_type='pull_request', discussion_status='open'):
-            sha, same = state(proposal.git_reference)
-            if same:
-                return Pushed(sha, proposal.git_reference, False, proposal.url)
+            info = api.model_info(repo_id, revision=proposal.git_reference, files_metadata=True)
+            there = {s.rfilename: s.lfs.sha256 if s.lfs else s.blob_id for s in info.siblings or ()}
+            if all(there.get(name) in oids for name, oids in wanted.items()):
+                return Pushed(str(info.sha), str(proposal.git_reference), False, proposal.url)
     made = api.create_commit(
         repo_id,
         [CommitOperationAdd(name, folder / name) for name in FILES],
@@ -113,40 +144,40 @@ def _commit_once(api: HfApi, folder: Path, repo_id: str, revision: str, create_p
         create_pr=create_pr,
         parent_commit=head,  # a commit of somebody else's in between is refused, not overwritten
     )
-    if create_pr:
-        return Pushed(made.oid, made.pr_revision, True, made.pr_url)
+    if made.pr_url is not None:
+        return Pushed(made.oid, str(made.pr_revision), True, made.pr_url)
     return Pushed(made.oid, revision, True, made.commit_url)
 
 
 def _oids(path: Path) -> tuple[str, str]:
     """How the Hub may name this content: its sha256 if it keeps it as a large file, else its git blob id."""
-    sha256, blob = hashlib.sha256(), hashlib.sha1(b'blob %d\0' % path.stat().st_size)
+    blob = hashlib.sha1(b'blob %d\0' % path.stat().st_size)
     with path.open('rb') as f:
         while chunk := f.read(1 << 20):
-            sha256.update(chunk)
             blob.update(chunk)
-    return sha256.hexdigest(), blob.hexdigest()
+    return sha256(path), blob.hexdigest()
 
 
 def _verify(api: HfApi, folder: Path, repo_id: str, commit: str, model: nn.Module) -> None:
-    """Download a commit's files into a fresh cache; raises a HubError unless they are those of `folder`."""
+    """Download a commit's files into a fresh cache; raises a UserError unless they are those of `folder`."""
     with tempfile.TemporaryDirectory() as cache:
         for name in FILES:
             path = Path(
                 hf_hub_download(repo_id, name, revision=commit, cache_dir=cache, token=api.token, endpoint=api.endpoint)
             )
-            if _oids(path) != _oids(folder / name):
-                raise HubError(
-                    f'{repo_id} serves another {name} than was pushed (sha256 {_oids(path)[0]} instead of '
-                    f'{_oids(folder / name)[0]}); delete that file there and push again'
+            served, ours = sha256(path), sha256(folder / name)
+            if served != ours:
+                raise UserError(
+                    f'{repo_id} serves another {name} than was pushed (sha256 {served} instead of {ours}); '
+                    'delete that file there and push again'
                 )
         loaded = timm.create_model(f'local-dir:{path.parent}', pretrained=True).eval()
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         torch.manual_seed(0)
-        images = torch.randn(2, *loaded.pretrained_cfg['input_size'])
+        images = torch.randn(2, *config_of(loaded)['input_size'])
         difference = (loaded(images) - model(images)).abs().max().item()
     if not difference <= 1e-5:
-        raise HubError(f'the model loaded from {repo_id} has other logits than the one pushed, by up to {difference}')
+        raise UserError(f'the model loaded from {repo_id} has other logits than the one pushed, by up to {difference}')
 
 
 def load_line(repo_id: str, revision: str = 'main') -> str:

@@ -197,7 +197,7 @@ class SqueezeAggregatedExcitation(nn.Module):
 
         Args:
             se_state: `fc1.weight` (d', C), `fc1.bias` (d',), `fc2.weight` (C, d') and `fc2.bias` (C,), the weights also
-                as those of 1x1 convs; both biases may be absent. Other entries are ignored.
+                as those of 1x1 convs; no biases for a layer without biases. Other entries are ignored.
             prefix: Precedes these names in `se_state` and in the result.
 
         Returns:
@@ -205,7 +205,8 @@ class SqueezeAggregatedExcitation(nn.Module):
 
         Raises:
             RuntimeError: Weights that are not those of an SE layer over C channels with at most as many hidden units as
-                this layer; names the tensor and both shapes. Or a layer with `add_identity`, which has no such weights.
+                this layer; names the first tensor that is missing or does not fit, and the shapes. Or a layer with
+                `add_identity`, which has no such weights.
         """
         if self.add_identity:
             raise RuntimeError(
@@ -217,8 +218,6 @@ class SqueezeAggregatedExcitation(nn.Module):
         given = {name: se_state[prefix + name] for name in _WEIGHTS if prefix + name in se_state}
         units = min(hidden, len(given.get('fc1.weight', ())))
         shapes = dict(zip(_WEIGHTS, ((units, channels), (units,), (channels, units), (channels,)), strict=True))
-        if not given.keys() & {'fc1.bias', 'fc2.bias'}:
-            given.update({name: own[name].new_zeros(shapes[name]) for name in own if name.endswith('bias')})
 
         embedded = {}
         for name, shape in shapes.items():

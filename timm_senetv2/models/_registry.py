@@ -1,6 +1,7 @@
 """timm's `register_model` and `register_model_deprecations`, which never override a name that timm has."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from timm.models import get_deprecated_models, is_model, model_entrypoint
 from timm.models import register_model as timm_register_model
@@ -9,7 +10,7 @@ from timm.models import register_model_deprecations as timm_register_model_depre
 from ..registration import name_clashes
 
 
-def register_model(fn: Callable) -> Callable:
+def register_model(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Register an entry function in timm, except under a name that timm already has: that one stays timm's."""
     name = fn.__name__
     if is_model(name) and model_entrypoint(name).__module__ != fn.__module__:

@@ -12,7 +12,7 @@ of the code, so that is the default here and `aggregate_after='block'` the other
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs
@@ -21,10 +21,10 @@ from torch import nn
 
 from ..layers import ChannelAggregation
 from ..layers._checks import check_whole_number
-from ._options import sae_layer
-from ._pretrained import lift_state_dict, shipped_cfgs
+from ._options import optional_sae_layer, refuse_without_meaning, without_recorded
 from ._registry import register_model, register_model_deprecations
 from .blocks import SaEBasicBlock
+from .pretrained import lift_state_dict, shipped_cfgs
 from .trunk32 import Trunk32
 
 __all__ = ['CifarResNet']  # register_model adds each entry function
@@ -45,13 +45,14 @@ class CifarResNet(Trunk32):
         widths: tuple[int, int, int] = (16, 32, 64),
         stem_width: int = 16,
         sae_cardinality: int = 0,
-        sae_reduction: int = 16,
-        sae_add_identity: bool = False,
+        sae_reduction: int | None = None,
+        sae_add_identity: bool | None = None,
+        sae_bias: bool | None = None,
         aggregation_factor: int = 1,
-        aggregation_op: str = 'sum',
-        aggregate_after: str = 'stage',
+        aggregation_op: str | None = None,
+        aggregate_after: str | None = None,
         drop_path_rate: float = 0.0,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         """
         Args:
@@ -59,42 +60,42 @@ class CifarResNet(Trunk32):
             widths: Channels of each stage, before aggregation.
             stem_width: Channels of the stem.
             sae_cardinality: Branches of each SaE; 1 is SE, 0 leaves attention out.
-            sae_reduction: A branch has channels // sae_reduction hidden units.
-            sae_add_identity: The SENetV2 author's Keras form, x + x · s.
+            sae_reduction: A branch has channels // sae_reduction hidden units; None for 16.
+            sae_add_identity: The SENetV2 author's Keras form, x + x · s; None for False.
+            sae_bias: Whether SaE's dense layers have biases; None for True.
             aggregation_factor: Channels that SEANet aggregates into one; 1 leaves aggregation out.
-            aggregation_op: 'sum', 'mean' or 'max'.
-            aggregate_after: 'stage' or 'block'.
+            aggregation_op: 'sum', 'mean' or 'max'; None for 'sum'.
+            aggregate_after: 'stage' or 'block'; None for 'stage'.
             drop_path_rate: Stochastic depth, rising linearly to this rate at the last block.
             **kwargs: num_classes, in_chans, global_pool, drop_rate, device, dtype: see `Trunk32`.
 
         Raises:
-            ValueError: An argument out of its range; names argument and value.
+            ValueError: An argument out of its range, or one of attention or aggregation in a model without; names
+                argument and value.
         """
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f'depth must be 6n + 2 with n of at least 1, got {depth}')
-        if aggregate_after not in ('stage', 'block'):
+        if aggregate_after not in ('stage', 'block', None):
             raise ValueError(f"aggregate_after must be 'stage' or 'block', got {aggregate_after!r}")
-        check_whole_number('sae_cardinality', sae_cardinality, least=0)
+        attn_layer = optional_sae_layer(sae_cardinality, sae_reduction, sae_add_identity, sae_bias)
         check_whole_number('aggregation_factor', aggregation_factor)
-        if aggregation_op not in ChannelAggregation.OPS:
+        if aggregation_op not in (*ChannelAggregation.OPS, None):
             raise ValueError(
                 f'aggregation_op must be one of {", ".join(ChannelAggregation.OPS)}, got {aggregation_op!r}'
+            )
+        if aggregation_factor == 1:
+            refuse_without_meaning(
+                dict(aggregation_op=aggregation_op, aggregate_after=aggregate_after),
+                'aggregation; leave it out, or set aggregation_factor to 2 or more',
             )
         for width in widths:
             if width % aggregation_factor:
                 raise ValueError(f'aggregation_factor must divide the widths {tuple(widths)}, got {aggregation_factor}')
 
         n = (depth - 2) // 6
-        drop_rates = iter(calculate_drop_path_rates(drop_path_rate, 3 * n))
-        aggregation = partial(ChannelAggregation, aggregation_factor, aggregation_op)
-        block = (
-            partial(
-                SaEBasicBlock,
-                attn_layer=sae_layer(sae_reduction, sae_cardinality, sae_add_identity),
-            )
-            if sae_cardinality
-            else BasicBlock
-        )
+        drop_rates = iter(cast(list[float], calculate_drop_path_rates(drop_path_rate, 3 * n)))
+        aggregation = partial(ChannelAggregation, aggregation_factor, aggregation_op or 'sum')
+        block = BasicBlock if attn_layer is None else partial(SaEBasicBlock, attn_layer=attn_layer)
 
         def stages(in_width: int, dd: dict[str, Any]) -> list[tuple[nn.Sequential, int]]:
             built = []
@@ -124,7 +125,7 @@ class CifarResNet(Trunk32):
         super().__init__(stages, stem_width, **kwargs)
 
 
-def _cfg(**kwargs) -> dict[str, Any]:
+def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         'num_classes': 10,
         'input_size': (3, 32, 32),
@@ -169,140 +170,146 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_cifar(variant: str, pretrained: bool, **kwargs) -> CifarResNet:
+def _create_cifar(variant: str, pretrained: bool, **kwargs: Any) -> CifarResNet:
     return build_model_with_cfg(
         CifarResNet,
         variant,
         pretrained,
         feature_cfg=dict(out_indices=(0, 1, 2, 3)),
         pretrained_filter_fn=lift_state_dict,
-        **kwargs,
+        **without_recorded(kwargs),
     )
 
 
-_SE = dict(sae_cardinality=1, sae_reduction=16)
-_SAE = dict(sae_cardinality=4, sae_reduction=16)
-_SEANET = dict(widths=(128, 256, 512), sae_cardinality=1, sae_reduction=8, aggregation_factor=4)
+def _create_seanet(variant: str, pretrained: bool, sae_cardinality: int = 1, **kwargs: Any) -> CifarResNet:
+    model_args: dict[str, Any] = dict(widths=(128, 256, 512), sae_cardinality=sae_cardinality, aggregation_factor=4)
+    if sae_cardinality:
+        model_args.update(sae_reduction=8)
+    return _create_cifar(variant, pretrained, **dict(model_args, **kwargs))
+
+
+_SE = dict(sae_cardinality=1)
+_SAE = dict(sae_cardinality=4)
 
 
 @register_model
-def cifar_resnet20(pretrained: bool = False, **kwargs) -> CifarResNet:
+def cifar_resnet20(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet-20 for 32-pixel images, widths 16, 32, 64, without attention."""
     return _create_cifar('cifar_resnet20', pretrained, **dict(dict(depth=20), **kwargs))
 
 
 @register_model
-def cifar_resnet32(pretrained: bool = False, **kwargs) -> CifarResNet:
+def cifar_resnet32(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet-32 for 32-pixel images, widths 16, 32, 64, without attention."""
     return _create_cifar('cifar_resnet32', pretrained, **dict(dict(depth=32), **kwargs))
 
 
 @register_model
-def cifar_resnet44(pretrained: bool = False, **kwargs) -> CifarResNet:
+def cifar_resnet44(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet-44 for 32-pixel images, widths 16, 32, 64, without attention."""
     return _create_cifar('cifar_resnet44', pretrained, **dict(dict(depth=44), **kwargs))
 
 
 @register_model
-def cifar_resnet56(pretrained: bool = False, **kwargs) -> CifarResNet:
+def cifar_resnet56(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet-56 for 32-pixel images, widths 16, 32, 64, without attention."""
     return _create_cifar('cifar_resnet56', pretrained, **dict(dict(depth=56), **kwargs))
 
 
 @register_model
-def cifar_resnet110(pretrained: bool = False, **kwargs) -> CifarResNet:
+def cifar_resnet110(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet-110 for 32-pixel images, widths 16, 32, 64, without attention."""
     return _create_cifar('cifar_resnet110', pretrained, **dict(dict(depth=110), **kwargs))
 
 
 @register_model
-def cifar_seresnet20(pretrained: bool = False, **kwargs) -> CifarResNet:
+def cifar_seresnet20(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet-20 for 32-pixel images with SE (reduction 16) in every block."""
     return _create_cifar('cifar_seresnet20', pretrained, **dict(dict(depth=20, **_SE), **kwargs))
 
 
 @register_model
-def cifar_seresnet32(pretrained: bool = False, **kwargs) -> CifarResNet:
+def cifar_seresnet32(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet-32 for 32-pixel images with SE (reduction 16) in every block."""
     return _create_cifar('cifar_seresnet32', pretrained, **dict(dict(depth=32, **_SE), **kwargs))
 
 
 @register_model
-def cifar_seresnet44(pretrained: bool = False, **kwargs) -> CifarResNet:
+def cifar_seresnet44(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet-44 for 32-pixel images with SE (reduction 16) in every block."""
     return _create_cifar('cifar_seresnet44', pretrained, **dict(dict(depth=44, **_SE), **kwargs))
 
 
 @register_model
-def cifar_seresnet56(pretrained: bool = False, **kwargs) -> CifarResNet:
+def cifar_seresnet56(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet-56 for 32-pixel images with SE (reduction 16) in every block."""
     return _create_cifar('cifar_seresnet56', pretrained, **dict(dict(depth=56, **_SE), **kwargs))
 
 
 @register_model
-def cifar_seresnet110(pretrained: bool = False, **kwargs) -> CifarResNet:
+def cifar_seresnet110(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet-110 for 32-pixel images with SE (reduction 16) in every block."""
     return _create_cifar('cifar_seresnet110', pretrained, **dict(dict(depth=110, **_SE), **kwargs))
 
 
 @register_model
-def cifar_senetv2_resnet20(pretrained: bool = False, **kwargs) -> CifarResNet:
+def cifar_senetv2_resnet20(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """SENetV2-20 for 32-pixel images: ResNet-20 with SaE (reduction 16, cardinality 4) in every block."""
     return _create_cifar('cifar_senetv2_resnet20', pretrained, **dict(dict(depth=20, **_SAE), **kwargs))
 
 
 @register_model
-def cifar_senetv2_resnet32(pretrained: bool = False, **kwargs) -> CifarResNet:
+def cifar_senetv2_resnet32(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """SENetV2-32 for 32-pixel images: ResNet-32 with SaE (reduction 16, cardinality 4) in every block."""
     return _create_cifar('cifar_senetv2_resnet32', pretrained, **dict(dict(depth=32, **_SAE), **kwargs))
 
 
 @register_model
-def cifar_senetv2_resnet44(pretrained: bool = False, **kwargs) -> CifarResNet:
+def cifar_senetv2_resnet44(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """SENetV2-44 for 32-pixel images: ResNet-44 with SaE (reduction 16, cardinality 4) in every block."""
     return _create_cifar('cifar_senetv2_resnet44', pretrained, **dict(dict(depth=44, **_SAE), **kwargs))
 
 
 @register_model
-def cifar_senetv2_resnet56(pretrained: bool = False, **kwargs) -> CifarResNet:
+def cifar_senetv2_resnet56(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """SENetV2-56 for 32-pixel images: ResNet-56 with SaE (reduction 16, cardinality 4) in every block."""
     return _create_cifar('cifar_senetv2_resnet56', pretrained, **dict(dict(depth=56, **_SAE), **kwargs))
 
 
 @register_model
-def cifar_senetv2_resnet110(pretrained: bool = False, **kwargs) -> CifarResNet:
+def cifar_senetv2_resnet110(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """SENetV2-110 for 32-pixel images: ResNet-110 with SaE (reduction 16, cardinality 4) in every block."""
     return _create_cifar('cifar_senetv2_resnet110', pretrained, **dict(dict(depth=110, **_SAE), **kwargs))
 
 
 @register_model
-def seanet20(pretrained: bool = False, **kwargs) -> CifarResNet:
+def seanet20(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """SEANet-20: widths 128, 256, 512, SE (reduction 8), and the sum over groups of 4 channels after each stage."""
-    return _create_cifar('seanet20', pretrained, **dict(dict(depth=20, **_SEANET), **kwargs))
+    return _create_seanet('seanet20', pretrained, **dict(dict(depth=20), **kwargs))
 
 
 @register_model
-def seanet32(pretrained: bool = False, **kwargs) -> CifarResNet:
+def seanet32(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """SEANet-32: widths 128, 256, 512, SE (reduction 8), and the sum over groups of 4 channels after each stage."""
-    return _create_cifar('seanet32', pretrained, **dict(dict(depth=32, **_SEANET), **kwargs))
+    return _create_seanet('seanet32', pretrained, **dict(dict(depth=32), **kwargs))
 
 
 @register_model
-def seanet44(pretrained: bool = False, **kwargs) -> CifarResNet:
+def seanet44(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """SEANet-44: widths 128, 256, 512, SE (reduction 8), and the sum over groups of 4 channels after each stage."""
-    return _create_cifar('seanet44', pretrained, **dict(dict(depth=44, **_SEANET), **kwargs))
+    return _create_seanet('seanet44', pretrained, **dict(dict(depth=44), **kwargs))
 
 
 @register_model
-def seanet56(pretrained: bool = False, **kwargs) -> CifarResNet:
+def seanet56(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """SEANet-56: widths 128, 256, 512, SE (reduction 8), and the sum over groups of 4 channels after each stage."""
-    return _create_cifar('seanet56', pretrained, **dict(dict(depth=56, **_SEANET), **kwargs))
+    return _create_seanet('seanet56', pretrained, **dict(dict(depth=56), **kwargs))
 
 
 @register_model
-def seanet110(pretrained: bool = False, **kwargs) -> CifarResNet:
+def seanet110(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """SEANet-110: widths 128, 256, 512, SE (reduction 8), and the sum over groups of 4 channels after each stage."""
-    return _create_cifar('seanet110', pretrained, **dict(dict(depth=110, **_SEANET), **kwargs))
+    return _create_seanet('seanet110', pretrained, **dict(dict(depth=110), **kwargs))
 
 
 # Earlier names, which recorded commands and configs hold

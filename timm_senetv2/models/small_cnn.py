@@ -9,11 +9,10 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import nn
 
-from ..layers._checks import check_whole_number
-from ._options import sae_layer
-from ._pretrained import lift_state_dict
+from ._options import optional_sae_layer, without_recorded
 from ._registry import register_model
 from .cifar import _cfg
+from .pretrained import lift_state_dict
 from .trunk32 import Trunk32
 
 __all__ = ['SmallCNN']  # register_model adds each entry function
@@ -28,23 +27,24 @@ class SmallCNN(Trunk32):
         self,
         widths: tuple[int, int, int] = (32, 64, 128),
         sae_cardinality: int = 0,
-        sae_reduction: int = 16,
-        sae_add_identity: bool = False,
-        **kwargs,
+        sae_reduction: int | None = None,
+        sae_add_identity: bool | None = None,
+        sae_bias: bool | None = None,
+        **kwargs: Any,
     ) -> None:
         """
         Args:
             widths: Channels of each stage; the stem has those of the first.
             sae_cardinality: Branches of each SaE; 1 is SE, 0 leaves attention out.
-            sae_reduction: A branch has channels // sae_reduction hidden units.
-            sae_add_identity: The SENetV2 author's Keras form, x + x · s.
+            sae_reduction: A branch has channels // sae_reduction hidden units; None for 16.
+            sae_add_identity: The SENetV2 author's Keras form, x + x · s; None for False.
+            sae_bias: Whether SaE's dense layers have biases; None for True.
             **kwargs: num_classes, in_chans, global_pool, drop_rate, device, dtype: see `Trunk32`.
 
         Raises:
-            ValueError: An argument out of its range; names argument and value.
+            ValueError: An argument out of its range, or one of attention in a model without; names argument and value.
         """
-        check_whole_number('sae_cardinality', sae_cardinality, least=0)
-        attn_layer = sae_layer(sae_reduction, sae_cardinality, sae_add_identity) if sae_cardinality else None
+        attn_layer = optional_sae_layer(sae_cardinality, sae_reduction, sae_add_identity, sae_bias)
 
         def stages(in_width: int, dd: dict[str, Any]) -> list[tuple[nn.Sequential, int]]:
             built = []
@@ -65,7 +65,8 @@ class SmallCNN(Trunk32):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Patterns that group the parameters, for layer-wise learning-rate decay: a group a stage."""
-        return super().group_matcher(coarse=True)
+        patterns: dict[str, str] = super().group_matcher(coarse=True)
+        return patterns
 
 
 default_cfgs = generate_default_cfgs(
@@ -73,30 +74,30 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_small_cnn(variant: str, pretrained: bool, **kwargs) -> SmallCNN:
+def _create_small_cnn(variant: str, pretrained: bool, **kwargs: Any) -> SmallCNN:
     return build_model_with_cfg(
         SmallCNN,
         variant,
         pretrained,
         feature_cfg=dict(out_indices=(0, 1, 2, 3)),
         pretrained_filter_fn=lift_state_dict,
-        **kwargs,
+        **without_recorded(kwargs),
     )
 
 
 @register_model
-def small_cnn(pretrained: bool = False, **kwargs) -> SmallCNN:
+def small_cnn(pretrained: bool = False, **kwargs: Any) -> SmallCNN:
     """The small CNN without attention."""
     return _create_small_cnn('small_cnn', pretrained, **kwargs)
 
 
 @register_model
-def small_secnn(pretrained: bool = False, **kwargs) -> SmallCNN:
+def small_secnn(pretrained: bool = False, **kwargs: Any) -> SmallCNN:
     """The small CNN with SE (reduction 16) in every stage."""
     return _create_small_cnn('small_secnn', pretrained, **dict(dict(sae_cardinality=1), **kwargs))
 
 
 @register_model
-def small_saecnn(pretrained: bool = False, **kwargs) -> SmallCNN:
+def small_saecnn(pretrained: bool = False, **kwargs: Any) -> SmallCNN:
     """The small CNN with SaE (reduction 16, cardinality 4) in every stage."""
     return _create_small_cnn('small_saecnn', pretrained, **dict(dict(sae_cardinality=4), **kwargs))

@@ -1,0 +1,192 @@
+"""The generated regions of the repository's Markdown files: tables and captions that follow from files and the package.
+
+A region is everything between a line `<!-- docs.py: GENERATOR ARGUMENT … -->` and the next `<!-- /docs.py -->`. The
+generators are the functions of `GENERATORS`; what they return stands in the region.
+"""
+
+import csv
+import re
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+from timm_senetv2 import catalog
+from timm_senetv2.errors import UserError, did_you_mean
+
+from . import tables
+from .benchmark import report
+from .benchmark.suite import BESIDE, TRIOS
+from .files import read_results
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / 'results'
+REGION = re.compile(r'^(<!-- docs\.py: ([^\n]*?) -->\n)(.*?)^(<!-- /docs\.py -->)$', flags=re.M | re.S)
+BEGIN, END = '<!-- docs.py: ', '<!-- /docs.py -->'
+
+
+def documents() -> Iterator[Path]:
+    """Every Markdown file of the repository, but those of environments, builds and runs."""
+    for path in sorted(ROOT.rglob('*.md')):
+        parts = path.relative_to(ROOT).parts
+        hidden = any(part.startswith('.') and part != '.github' for part in parts)
+        if not hidden and not {'build', 'dist', 'node_modules', 'output', 'site'} & set(parts):
+            yield path
+
+
+def fill(text: str) -> str:
+    """The text with every region as its generator makes it now.
+
+    Raises:
+        UserError: A region without end or with an unknown generator; says which.
+    """
+
+    def region(match: re.Match[str]) -> str:
+        name, *arguments = match[2].split()
+        if name not in GENERATORS:
+            raise UserError(f'no generator is named {name!r}{did_you_mean(name, GENERATORS)}')
+        try:
+            content = GENERATORS[name](*arguments)
+        except TypeError as e:
+            raise UserError(f'{match[1].strip()}: {e}') from None
+        return f'{match[1]}{content.rstrip()}\n{match[4]}'
+
+    filled = REGION.sub(region, text)
+    if filled.count(BEGIN) != len(REGION.findall(filled)) or filled.count(END) != filled.count(BEGIN):
+        raise UserError(f'a line {BEGIN}… --> has no {END} after it, or one too many')
+    return filled
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline='', encoding='utf-8') as file:
+        return list(csv.DictReader(file))
+
+
+@cache
+def _models() -> list[catalog.Model]:
+    return catalog.models()
+
+
+def _digits(value: float) -> str:
+    return f'{value:#.3g}'.rstrip('.')  # three significant ones
+
+
+def _top1(accuracies: tuple) -> str:
+    return ', '.join(f'{a.top1:.2f}&nbsp;({a.img_size})' for a in accuracies)
+
+
+PAPERS = {  # by the beginning of the name
+    'senetv2_': '[SENetV2](https://arxiv.org/abs/2311.10807)',
+    'senextv2_': '[SENetV2](https://arxiv.org/abs/2311.10807)',
+    'seanet': '[SEANet](https://github.com/akhilesh-pandey/SEANet-pytorch)',
+    'cifar_senetv2': '[SENetV2](https://arxiv.org/abs/2311.10807)',
+    'cifar_seresnet': '[SENet](https://arxiv.org/abs/1709.01507)',
+    'cifar_resnet': '[ResNet](https://arxiv.org/abs/1512.03385)',
+    'small_saecnn': '[SENetV2](https://arxiv.org/abs/2311.10807)',
+    'small_secnn': '[SENet](https://arxiv.org/abs/1709.01507)',
+    'small_cnn': '–',
+}
+
+
+def models() -> str:
+    """All models, with the classes of their configuration."""
+    rows = ['| Model | Paper | Input | Parameters | GMACs |', '|---|---|--:|--:|--:|']
+    for model in _models():
+        paper = next(paper for prefix, paper in PAPERS.items() if model.name.startswith(prefix))
+        size, params, gmacs = model.input_size[-1], _digits(model.params / 1e6), _digits(model.macs / 1e9)
+        rows.append(f'| `{model.name}` | {paper} | {size} | {params} M | {gmacs} |')
+    return '\n'.join(rows)
+
+
+def summary(device: str) -> str:
+    """The models a newcomer looks for: size, accuracy of the default weights, speed beside timm's models."""
+    rows = [row for row in _benchmark(device) if row['experiment'].startswith(BESIDE)]
+    speeds = {(row['contestant'], row['baseline']): float(row['ratio']) for row in rows}
+    lines = [
+        '| Model | Parameters | GMACs | ImageNet-1k top-1, % (pixels) | Speed / plain | Speed / SE |',
+        '|---|--:|--:|--:|--:|--:|',
+    ]
+    for model in _models():
+        published = [tag.accuracies for tag in model.tags if tag.default and tag.accuracies]
+        if model.name not in TRIOS and not published:
+            continue
+        beside = TRIOS.get(model.name, ())
+        speed = [f'{speeds[model.name, b]:.2f}' if (model.name, b) in speeds else '' for b in beside] or ['', '']
+        cells = [f'{_digits(model.params / 1e6)} M', _digits(model.macs / 1e9)]
+        lines.append(f'| `{model.name}` | {" | ".join([*cells, _top1(published[0]) if published else "", *speed])} |')
+    return '\n'.join(lines)
+
+
+def tags() -> str:
+    """All tags whose weights are on the Hub: the source, timm's accuracy of it, its licence where it limits use."""
+    rows = ['| Tag, bold where it is the default | Source on the Hub | Its top-1, % (pixels) |', '|---|---|---|']
+    for model in _models():
+        for tag in model.tags:
+            if tag.source and tag.accuracies:
+                name = f'`{model.name}.{tag.tag}`'
+                name = f'**{name}**' if tag.default else name
+                if tag.license and 'nc' in tag.license.lower().split('-'):
+                    name += f' ({tag.license})'
+                link = f'[{tag.source}](https://huggingface.co/{tag.source})'
+                rows.append(f'| {name} | {link} | {_top1(tag.accuracies)} |')
+    return '\n'.join(rows)
+
+
+def families() -> str:
+    """timm's families with SE, and whether the lift works for them."""
+    lines = [
+        '| Family in timm | With SE | Lifted | Compared | Output std | Largest difference: float32 | float64 '
+        '| Refused where |',
+        '|---|--:|--:|---|--:|--:|--:|---|',
+    ]
+    for row in read(RESULTS / 'lift_families.csv'):
+        compared = f'`{row["compared"]}`' if row['compared'] else ''
+        lines.append(
+            f'| `{row["family"]}` | {row["models_with_se"]} | {row["lifted"]} | {compared} '
+            f'| {row["output_std"]} | {row["max_difference_float32"]} | {row["max_difference_float64"]} '
+            f'| {row["why_refused"]} |'
+        )
+    return '\n'.join(lines)
+
+
+@cache
+def _benchmark(name: str) -> list[dict[str, str]]:
+    return read(RESULTS / f'benchmark_{name}.csv')
+
+
+def speed(name: str) -> str:
+    """The speed of all models in all settings of a benchmark, and how it was measured."""
+    rows = [row for row in _benchmark(name) if row['experiment'].startswith('models, ')]
+    return f'{report.speed_table(rows, rows[0]["baseline"])}\n\n{report.measured_with(rows)}'
+
+
+def imports() -> str:
+    """What registering the models adds to the imports."""
+    rows = _benchmark('imports')
+    by_module: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        by_module.setdefault(row['experiment'], []).append(row)
+    parts = [report.experiment_table(mine) for mine in by_module.values()]
+    return '\n\n'.join([*parts, report.measured_with(rows)])
+
+
+def runs(name: str, baseline: str) -> str:
+    """The commands that made the runs of a folder, their table and its caption."""
+    results, _ = read_results(RESULTS / 'runs' / name)
+    if not results:
+        raise UserError(f'results/runs/{name} holds no runs')
+    return tables.page(results, baseline)
+
+
+def weights() -> str:
+    """The weights that the package carries, and the accuracies of the runs they come from."""
+    results = {row['run']: row for row in read_results(RESULTS / 'runs' / 'fmnist')[0]}
+    lines = ['| Tag | Fashion-MNIST, % of the test images | Parameters |', '|---|--:|--:|']
+    for row in read(RESULTS / 'fmnist_weights.csv'):
+        run = results[row['run']]
+        lines.append(f'| `{row["tag"]}` | {float(run["accuracy"]):.2f} | {int(run["parameters"]):,} |')
+    return '\n'.join(lines)
+
+
+GENERATORS: dict[str, Callable[..., str]] = {
+    generator.__name__: generator for generator in (families, imports, models, runs, speed, summary, tags, weights)
+}

@@ -1,0 +1,60 @@
+"""Tables of finished runs, in Markdown."""
+
+import numpy as np
+
+from .files import Row, by_model
+from .statistics import difference, mean_sd
+
+
+def table(rows: list[Row], baseline: str) -> str:
+    """A Markdown table of runs that share their settings, a line a model.
+
+    Args:
+        rows: Of results.csv.
+        baseline: The model that the others are compared with; without runs of it there are no differences.
+    """
+    models = by_model(rows)
+    reference = {row['seed']: float(row['accuracy']) for row in models.get(baseline, ())}
+    lines = [
+        '| model | parameters | GMACs | runs | accuracy, % | best epoch, % | test loss | difference, points |',
+        '|---|--:|--:|--:|--:|--:|--:|--:|',
+    ]
+    for model, runs in models.items():
+        accuracy = {row['seed']: float(row['accuracy']) for row in runs}
+        gap = 'baseline' if model == baseline else str(difference(accuracy, reference)) if reference else ''
+        name = model.replace('|', r'\|')
+        lines.append(
+            f'| `{name}` | {int(runs[0]["parameters"]):,} | {float(runs[0]["gmacs"]):.4f} | {len(runs)} '
+            f'| {mean_sd(list(accuracy.values()))} | {mean_sd([float(row["best_accuracy"]) for row in runs])} '
+            f'| {np.mean([float(row["loss"]) for row in runs]):.4f} | {gap} |'
+        )
+    return '\n'.join(lines) + '\n'
+
+
+def caption(rows: list[Row], baseline: str) -> str:
+    """What the table's columns mean, and the protocol in one line."""
+    row = rows[0]
+    size = f', images of {row["image_size"]} pixels' if row['image_size'] else ''
+    limit = f', {row["limit"]} training and test images' if row['limit'] else ''
+    few = f', {row["per_class"]} training images of each class, others for each seed' if row.get('per_class') else ''
+    starts = ''
+    if any('@' in row['model'] for row in rows):
+        starts = (
+            ' What follows @ is how a model starts, and what of its training differs from the others'
+            + (f'; the weights at the start have the SHA-256 {row["init"]}' if row.get('init') else '')
+            + '.'
+        )
+    return (
+        f'{row["dataset"]}{limit}{few}{size}, protocol {row["protocol"]}: {row["opt"]}, lr {row["lr"]}, weight decay '
+        f'{row["weight_decay"]}, batch {row["batch_size"]}, {row["epochs"]} epochs.{starts} Accuracy on the test '
+        f'images after '
+        f'the last epoch, mean ± standard deviation over seeds; the best epoch is chosen on the test images, hence '
+        f'optimistic. Difference: to `{baseline}` after the last epoch, paired by seed, with its 95 % interval '
+        f'(Student t), or of other seeds and then marked as unpaired (Welch).\n'
+    )
+
+
+def page(rows: list[Row], baseline: str) -> str:
+    """The commands that made the runs, their table and its caption: table.md."""
+    commands = ''.join(f'{command}\n' for command in dict.fromkeys(row['command'] for row in rows))
+    return f'```bash\n{commands}```\n\n{table(rows, baseline)}\n{caption(rows, baseline)}'

@@ -1,0 +1,330 @@
+"""`add_attention` on live models of timm and torchvision: the same outputs to the last bit, and it trains."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import timm
+import torch
+import torchvision
+from timm.layers import BatchNormAct2d, LayerNorm2d
+from timm.models import reparameterize_model
+from timm.models.resnet import BasicBlock, Bottleneck
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import timm_senetv2
+from experiments.randomize import randomize
+from timm_senetv2 import SqueezeAggregatedExcitation, add_attention
+from timm_senetv2.lifting import TorchvisionBasicBlock, TorchvisionBottleneck
+
+SMALL = dict(layers=(1, 1, 1, 1), num_classes=10)
+
+
+def small(block=Bottleneck, **kwargs) -> nn.Module:
+    return timm.models.resnet.ResNet(block, **dict(SMALL, **kwargs))
+
+
+MODELS = {
+    'resnet18': lambda: timm.create_model('resnet18', num_classes=10),
+    'd': lambda: small(stem_type='deep', stem_width=32, avg_down=True),
+    's': lambda: small(stem_type='deep', stem_width=64),
+    'wide': lambda: small(base_width=128),
+    'resnext': lambda: small(cardinality=32, base_width=4),
+    'aa': lambda: small(aa_layer=nn.AvgPool2d),
+    'group norm': lambda: small(norm_layer='groupnorm'),
+    'one group': lambda: small(norm_layer='groupnorm1'),
+    'layer norm': lambda: small(norm_layer=LayerNorm2d),
+    'instance norm': lambda: small(norm_layer=lambda c, **dd: nn.InstanceNorm2d(c, affine=True, **dd)),
+    'dilated': lambda: small(output_stride=8),
+    'hrnet': lambda: timm.create_model('hrnet_w18_small', num_classes=10),
+    'cifar': lambda: timm.create_model('cifar_resnet20'),
+    'features': lambda: timm.create_model('resnet18', features_only=True, out_indices=(4,)),
+    'torchvision resnet18': lambda: torchvision.models.resnet18(num_classes=10),
+    'torchvision resnet50': lambda: torchvision.models.resnet50(num_classes=10),
+    'torchvision resnext50': lambda: torchvision.models.resnext50_32x4d(num_classes=10),
+}
+
+
+def images(n: int = 4, size: int = 64, **kwargs) -> torch.Tensor:
+    return torch.randn(n, 3, size, size, **kwargs)
+
+
+def sae_layers(model: nn.Module) -> dict[str, SqueezeAggregatedExcitation]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, SqueezeAggregatedExcitation)}
+
+
+def output(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    y = model(x)
+    return y[-1] if isinstance(y, list) else y
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_outputs_gradients_and_statistics_stay_to_the_last_bit(name):
+    x = images()
+    before = randomize(MODELS[name](), x)
+    model = copy.deepcopy(before)
+    assert add_attention(model) is model
+    assert sae_layers(model)
+    with torch.no_grad():
+        expected = output(before, x)
+        assert expected.std() > 0.01
+        assert torch.equal(output(model, x), expected)
+        active = copy.deepcopy(model)
+        for layer in sae_layers(active).values():
+            layer.fc2.bias.add_(1)
+        assert (output(active, x) - expected).abs().max() > 0.01 * expected.abs().max()
+
+    before.train(), model.train()
+    expected = output(before, x)
+    actual = output(model, x)
+    assert torch.equal(actual, expected)
+    expected.square().mean().backward()
+    actual.square().mean().backward()
+    halved = {id(p) for m in model.modules() if getattr(m, 'se', None) for p in last_norm(m).parameters()}
+    assert halved
+    for key, parameter in before.named_parameters():
+        ours = model.get_parameter(key)
+        factor = 0.5 if id(ours) in halved else 1
+        assert parameter.grad is None or torch.equal(ours.grad, factor * parameter.grad), key
+    for key, buffer in before.named_buffers():
+        assert torch.equal(model.get_buffer(key), buffer), key
+
+
+def last_norm(block: nn.Module) -> nn.Module:
+    return block.bn3 if hasattr(block, 'bn3') else block.bn2
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, torch.float16])
+def test_other_dtypes(dtype):
+    before = randomize(small().to(torch.float32), images()).to(dtype)
+    model = add_attention(copy.deepcopy(before))
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    x = images(dtype=dtype)
+    assert torch.equal(model(x), before(x))
+
+
+def test_folded_norms():
+    """The last affine step is then the conv, with a bias."""
+    before = small()
+    randomize(before, images())
+    for block in before.modules():
+        if isinstance(block, Bottleneck):
+            block.conv3 = torch.nn.utils.fuse_conv_bn_eval(block.conv3, block.bn3)
+            block.bn3 = nn.Identity()
+    model = add_attention(copy.deepcopy(before))
+    x = images()
+    assert torch.equal(model(x), before(x))
+    assert torch.equal(model.layer1[0].conv3.bias, 2 * before.layer1[0].conv3.bias)
+
+
+def test_one_training_step_moves_every_layer():
+    model = add_attention(randomize(small(), images())).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(2):
+        first = {name: layer.fc1.weight.clone() for name, layer in sae_layers(model).items()}
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images()), torch.arange(4)).backward()
+        optimizer.step()
+        for name, layer in sae_layers(model).items():
+            assert layer.fc2.weight.any() and layer.fc2.bias.any(), name
+            assert torch.equal(layer.fc1.weight, first[name]) == (step == 0), name  # its gradient comes through fc2
+
+
+def test_sizes_device_and_mode():
+    model = add_attention(small().eval(), reduction=16, cardinality=2)
+    layer = model.layer2[0].se
+    assert (layer.channels, layer.cardinality, layer.rd_channels) == (512, 2, 32)
+    assert not layer.training and not layer.fc1.training
+    with torch.device('meta'):
+        assert {p.device.type for p in add_attention(timm.create_model('resnet50')).parameters()} == {'meta'}
+
+
+def test_names_of_the_state_dict_stay_and_it_loads_into_a_model_built_again():
+    for build in (small, lambda: torchvision.models.resnet18(num_classes=10)):
+        before = randomize(build(), images())
+        model = add_attention(copy.deepcopy(before))
+        old, new = before.state_dict(), model.state_dict()
+        assert old.keys() <= new.keys() and all('.se.fc' in key for key in new.keys() - old.keys())
+        for layer in sae_layers(model).values():
+            nn.init.normal_(layer.fc2.weight)
+        again = add_attention(build()).eval()
+        again.load_state_dict(new)
+        x = images()
+        assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize('build', [small, lambda: torchvision.models.resnet18(num_classes=10)])
+def test_copies_pickles_and_scripts(build):
+    model = add_attention(randomize(build(), images()))
+    for layer in sae_layers(model).values():
+        nn.init.normal_(layer.fc2.weight)
+    x = images()
+    expected = model(x)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+        assert torch.equal(copied(x), expected)
+    torch.testing.assert_close(torch.jit.script(model)(x), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(reparameterize_model(model)(x), expected)
+    program = torch.export.export(model, (x,))
+    torch.testing.assert_close(program.module()(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_torchvision_blocks_keep_their_class_as_base():
+    model = add_attention(torchvision.models.resnet50())
+    assert isinstance(model.layer1[0], (torchvision.models.resnet.Bottleneck, TorchvisionBottleneck))
+    assert isinstance(add_attention(torchvision.models.resnet18()).layer1[0], TorchvisionBasicBlock)
+    assert type(add_attention(small()).layer1[0]) is Bottleneck
+
+
+def test_blocks_with_attention_keep_it():
+    model = small()
+    attention = nn.Identity()
+    model.layer2[0].se = attention
+    weight = model.layer2[0].bn3.weight.clone()
+    add_attention(model)
+    assert model.layer2[0].se is attention and torch.equal(model.layer2[0].bn3.weight, weight)
+    assert len(sae_layers(model)) == 3
+
+
+def test_add_attention_is_public():
+    assert timm_senetv2.add_attention is add_attention
+    assert 'add_attention' in timm_senetv2.__all__
+
+
+# ---- what is refused
+
+
+class OwnBlock(BasicBlock):
+    pass
+
+
+class OwnNorm(nn.BatchNorm2d):
+    pass
+
+
+def set_norm(norm):
+    return lambda model: setattr(model.layer2[0], 'bn3', norm() if callable(norm) else norm)
+
+
+def share_the_norm(model: nn.Module) -> None:
+    model.layer3[0].bn3 = model.layer2[0].bn3
+
+
+def tie_the_weight(model: nn.Module) -> None:
+    model.layer2[0].bn3.weight = model.layer2[0].downsample[1].weight
+
+
+def tie_the_memory(model: nn.Module) -> None:
+    model.layer2[0].bn3.bias.data = model.layer2[0].downsample[1].bias.data
+
+
+def replace_forward(name: str):
+    def alter(model: nn.Module) -> None:
+        module = model.get_submodule(name)
+        module.forward = module.forward
+
+    return alter
+
+
+def infer(model: nn.Module) -> None:
+    with torch.inference_mode():
+        model.layer2[0].bn3 = nn.BatchNorm2d(512)
+
+
+def fold_into(conv):
+    def alter(model: nn.Module) -> None:
+        model.layer2[0].bn3 = nn.Identity()
+        model.layer2[0].conv3 = conv()
+
+    return alter
+
+
+@pytest.mark.parametrize(
+    ('alter', 'reason'),
+    [
+        (set_norm(lambda: nn.BatchNorm2d(512, affine=False)), 'its bn3 has no weight'),
+        (set_norm(lambda: torchvision.ops.FrozenBatchNorm2d(512)), 'its bn3 is a FrozenBatchNorm2d, of which'),
+        (set_norm(lambda: BatchNormAct2d(512)), 'its bn3 is a BatchNormAct2d, of which'),
+        (set_norm(lambda: OwnNorm(512)), 'its bn3 is a OwnNorm, of which'),
+        (set_norm(lambda: nn.LazyBatchNorm2d()), 'its bn3 is a LazyBatchNorm2d, of which'),
+        (set_norm(lambda: nn.Sequential(nn.BatchNorm2d(512))), 'its bn3 is a Sequential, of which'),
+        (share_the_norm, 'its bn3 is shared with another module'),
+        (tie_the_weight, 'its bn3 is shared with another module'),
+        (tie_the_memory, 'its bn3 is shared with another module'),
+        (infer, 'its bn3 was made in inference mode'),
+        (lambda m: m.layer2[0].bn3.weight.data.fill_(2e38), 'twice the parameters of its bn3 would'),
+        (lambda m: m.layer2[0].bn3.register_forward_hook(lambda *a: None), 'its bn3 has hooks'),
+        (lambda m: m.layer2[0].bn3.register_full_backward_hook(lambda *a: None), 'its bn3 has hooks'),
+        (lambda m: m.layer2[0].bn3.weight.register_hook(torch.neg), 'its bn3 has a weight whose gradient has hooks'),
+        (lambda m: parametrizations.weight_norm(m.layer2[0].bn3), 'its bn3 is a ParametrizedBatchNorm2d'),
+        (lambda m: prune.l1_unstructured(m.layer2[0].bn3, 'weight', 0.5), 'its bn3 has hooks'),
+        (replace_forward('layer2.0.bn3'), 'its bn3 has a forward that is not of its class'),
+        (replace_forward('layer2.0'), 'its forward is not that of its class'),
+        (fold_into(lambda: torch.ao.nn.quantized.Conv2d(128, 512, 1)), 'its conv3 is a Conv2d without a plain'),
+        (fold_into(lambda: parametrizations.weight_norm(nn.Conv2d(128, 512, 1))), 'its conv3 is a ParametrizedConv2d'),
+    ],
+)
+def test_block_that_cannot_be_proved_equal_is_refused_and_the_model_unchanged(alter, reason):
+    model = small()
+    alter(model)
+    modules = {name: (m, type(m)) for name, m in model.named_modules()}
+    values = {n: p.detach().clone() for n, p in model.named_parameters() if not nn.parameter.is_lazy(p)}
+    with pytest.raises(ValueError, match=rf'^layer2\.0 \(Bottleneck\) cannot take attention: {reason}'):
+        add_attention(model)
+    assert {name: (m, type(m)) for name, m in model.named_modules()} == modules
+    for name, value in values.items():
+        assert torch.equal(model.get_parameter(name), value), name
+
+
+@pytest.mark.parametrize(
+    ('build', 'message'),
+    [
+        (lambda: timm.create_model('seresnet18'), 'every residual block of this ResNet has attention'),
+        (lambda: timm.create_model('senetv2_resnet18'), 'every residual block of this ResNet has attention'),
+        (lambda: add_attention(timm.create_model('resnet18')), 'every residual block of this ResNet has attention'),
+        (lambda: timm.create_model('regnetx_002'), 'RegNet holds no residual block'),
+        (lambda: nn.Sequential(OwnBlock(64, 64)), r'^0 \(OwnBlock\) cannot take attention: its class is not timm'),
+        (
+            lambda: torchvision.models.quantization.resnet18(),
+            r'^layer1\.0 \(QuantizableBasicBlock\) cannot take attention: its class is not',
+        ),
+        (
+            lambda: torchvision.models.detection.fasterrcnn_resnet50_fpn(weights_backbone=None, weights=None),
+            None,
+        ),
+    ],
+)
+def test_models_without_such_blocks_are_refused(build, message):
+    with torch.device('meta'):
+        model = build()
+    if message is None:  # a detector's trunk is a ResNet too
+        assert sae_layers(add_attention(model))
+        return
+    with pytest.raises(ValueError, match=message):
+        add_attention(model)
+
+
+@pytest.mark.parametrize('build', [small, lambda: torchvision.models.resnet18()])
+def test_failure_in_the_middle_leaves_the_model_unchanged(build, monkeypatch):
+    model = build()
+    before = copy.deepcopy(model)
+    classes = {name: type(m) for name, m in model.named_modules()}
+    last = model.layer4[0]
+    norm = last_norm(last)
+    norm.bias = nn.Parameter(torch.zeros(1).expand_as(norm.bias))  # every element is one and the same
+    with pytest.raises(RuntimeError, match='single memory location'):
+        add_attention(model)
+    assert {name: type(m) for name, m in model.named_modules()} == classes
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    model.eval()(images(1))
+
+
+@pytest.mark.parametrize('options', [dict(reduction=0), dict(cardinality=True)])
+def test_impossible_sizes_are_refused(options):
+    with pytest.raises(ValueError, match=f'{next(iter(options))} must be a whole number'):
+        add_attention(small(), **options)

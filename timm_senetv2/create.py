@@ -1,0 +1,176 @@
+"""A model of this package with a user's options, every mistake of which is one line."""
+
+import inspect
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, get_type_hints
+
+import timm
+import torch
+from timm.models import get_deprecated_models, get_pretrained_cfg_value
+from torch import nn
+
+from . import catalog
+from .checkpoints import Checkpoint, load_weights, read_checkpoint
+from .errors import UserError, did_you_mean, one_line, printable
+
+# What create_model takes beside a model's options; each would change what is built, loaded or saved
+_NOT_OPTIONS = {
+    'pretrained',
+    'pretrained_cfg',
+    'pretrained_cfg_overlay',
+    'checkpoint_path',
+    'cache_dir',
+    'model_name',
+    'scriptable',
+    'exportable',
+    'no_jit',
+    'features_only',
+    'out_indices',
+    'feature_cfg',
+    'feature_cls',
+    'device',
+    'dtype',
+}
+_MOST_BLOCKS = 1000
+
+
+def known_name(name: str) -> str:
+    """The current name of a model of this package.
+
+    Raises:
+        UserError: There is none; proposes others.
+    """
+    known = catalog.names()
+    current = (get_deprecated_models().get(name) or name).partition('.')[0]
+    if current in known:
+        return current
+    raise UserError(f'{printable(name)!r} is not one of our models{did_you_mean(name, known)}')
+
+
+def untrained(name: str, model_args: Mapping[str, Any]) -> nn.Module:
+    """The model with fresh weights, from a fixed seed, and a config that says nothing of pretrained weights.
+
+    Args:
+        name: A model of this package.
+        model_args: Options of the model, as `timm.create_model` takes them.
+
+    Raises:
+        UserError: An unknown model, or an option that it does not have or not with that value.
+    """
+    name = known_name(name)
+    check_options(name, model_args)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return timm.create_model(f'{name}.untrained', pretrained_cfg_overlay=dict(tag=None), **model_args)
+
+
+def from_checkpoint(
+    name: str, path: str | os.PathLike[str], ema: bool, model_args: Mapping[str, Any]
+) -> tuple[nn.Module, Checkpoint]:
+    """A model of this package with the weights of a file, in eval mode, and what the file says of itself.
+
+    Args:
+        name: A model of this package.
+        path: Any file that `read_checkpoint` reads.
+        ema: Take the file's averaged weights.
+        model_args: As for `untrained`. The number of classes is the file's where it is not given.
+
+    Raises:
+        UserError: An unknown model or option, or a file that cannot be read or does not fit.
+    """
+    name = known_name(name)
+    check_options(name, model_args)
+    checkpoint = read_checkpoint(path, ema)
+    if 'num_classes' not in model_args:
+        classifier = checkpoint.state_dict.get(f'{get_pretrained_cfg_value(name, "classifier")}.weight')
+        if classifier is not None and classifier.ndim > 0:
+            model_args = {**model_args, 'num_classes': len(classifier)}
+    model = untrained(name, model_args)
+    load_weights(model, checkpoint, os.fspath(path))
+    return model.eval(), checkpoint
+
+
+def check_options(name: str, model_args: Mapping[str, Any]) -> None:
+    """Make sure that a model can be built with these options, without the memory for its weights.
+
+    Raises:
+        UserError: It cannot; names the option where that is known.
+    """
+    if not model_args:
+        return
+    kinds = _plain_types(type(timm.create_model(f'{name}.untrained', device='meta')))
+    for key, value in model_args.items():
+        if key in _NOT_OPTIONS:
+            raise UserError(f'--model-kwargs: {key} is not an option of a model')
+        if key in ('layers', 'depth'):  # each block takes time, before any memory
+            _check_blocks(key, value)
+        if key in kinds:
+            _check_value(key, value, kinds[key])
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of weights without elements
+            model = timm.create_model(f'{name}.untrained', device='meta', **model_args)
+    except Exception as e:  # timm answers wrong options with many kinds
+        raise UserError(f'--model-kwargs: {name} cannot be built with {_shown(model_args)}: {one_line(e)}') from None
+    empty = next((key for key, p in model.named_parameters() if not p.numel()), None)
+    if empty is not None:
+        raise UserError(f'--model-kwargs: with {_shown(model_args)}, {empty} of {name} has no elements')
+    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    if needed > _memory():
+        raise UserError(
+            f'{name} with {_shown(model_args)} has {needed / 1e9:,.0f} GB of weights, more than the memory '
+            f'of this machine ({_memory() / 1e9:,.0f} GB)'
+        )
+
+
+def _check_blocks(key: str, value: Any) -> None:
+    counts: Sequence[Any] = value if isinstance(value, (list, tuple)) else [value]
+    if not all(isinstance(count, int) and not isinstance(count, bool) and count > 0 for count in counts):
+        raise UserError(f'--model-kwargs: {key} must be whole numbers above zero, got {printable(repr(value))}')
+    if sum(counts) > _MOST_BLOCKS:
+        raise UserError(f'--model-kwargs: {key}={printable(value)} is more than {_MOST_BLOCKS} blocks')
+
+
+def _check_value(key: str, value: Any, kind: type) -> None:
+    says = f'--model-kwargs: {key} must be {_KINDS[kind]}, got {printable(repr(value))}'
+    if kind is float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise UserError(says)
+        if key.endswith('_rate') and not 0 <= value < 1:
+            raise UserError(f'--model-kwargs: {key} must be from 0 to below 1, got {value}')
+    elif type(value) is not kind or (isinstance(value, int) and not 0 <= value < 1 << 40):
+        raise UserError(says)
+
+
+_KINDS: dict[type, str] = {
+    float: 'a number',
+    int: 'a whole number from 0 to 2**40',
+    bool: 'True or False',
+    str: 'a name',
+}
+
+
+def _plain_types(model: type[nn.Module]) -> dict[str, type]:
+    """The options of a model class that are plainly a number, a name or a truth value, by its signature."""
+    found: dict[str, type] = dict(sae_reduction=int, sae_cardinality=int, sae_add_identity=bool)
+    for cls in reversed(model.__mro__):
+        init = vars(cls).get('__init__')
+        if inspect.isfunction(init) and cls.__module__ != nn.Module.__module__:
+            hints = get_type_hints(init)
+            found.update({key: kind for key, kind in hints.items() if kind in _KINDS})
+    return found
+
+
+def _shown(model_args: Mapping[str, Any]) -> str:
+    return printable(', '.join(f'{key}={value}' for key, value in model_args.items()) or 'its own options')
+
+
+def _memory() -> int:
+    """Bytes of this machine's memory."""
+    try:
+        return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    except (AttributeError, ValueError, OSError):  # no such system call
+        return 1 << 38

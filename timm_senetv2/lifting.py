@@ -1,0 +1,444 @@
+"""SaE in a live model, without changing what it computes: from SE (`lift`), from no attention (`add_attention`).
+
+The module is not called lift, because a submodule of that name would take the place of the function in the package.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import torch
+from timm.layers import EffectiveSEModule, SEModule
+from timm.models import resnet
+from timm.models.efficientnet import SqueezeExcite
+from timm.models.senet import SEModule as OriginalSEModule
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.models import resnet as torchvision_resnet  # type: ignore[import-untyped]
+
+from .layers import SqueezeAggregatedExcitation
+from .layers._checks import check_whole_number
+from .models.pretrained import AFFINE_NORMS
+
+Model = TypeVar('Model', bound=nn.Module)
+
+
+# ---- what a module may hide
+
+
+class _Uses(NamedTuple):
+    """How many modules hold each child, and how many places hold each parameter, in one model."""
+
+    parents: Counter[int]
+    holders: Counter[tuple[str, int]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> '_Uses':
+        parents, holders = Counter[int](), Counter[tuple[str, int]]()
+        for module in model.modules():
+            parents.update({id(child) for child in module.children()})
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    holders.update(_identities(parameter))
+        return cls(parents, holders)
+
+    def is_shared(self, parameter: nn.Parameter) -> bool:
+        return any(self.holders[identity] > 1 for identity in _identities(parameter))
+
+
+def _identities(parameter: nn.Parameter) -> list[tuple[str, int]]:
+    """The object, and its memory where it has any: two parameters may share that too."""
+    found = [('object', id(parameter))]
+    if type(parameter) is nn.Parameter and parameter.layout == torch.strided and parameter.data_ptr():
+        found.append(('memory', parameter.data_ptr()))
+    return found
+
+
+# torch tells nothing of hooks in public
+_HOOKS = (
+    '_forward_hooks',
+    '_forward_pre_hooks',
+    '_backward_hooks',
+    '_backward_pre_hooks',
+    '_state_dict_hooks',
+    '_state_dict_pre_hooks',
+    '_load_state_dict_pre_hooks',
+    '_load_state_dict_post_hooks',
+)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _altered(
+    module: nn.Module,
+    parameters: Iterable[str] = (),
+    children: Iterable[str] = (),
+    buffers: Iterable[str] = (),
+) -> str | None:
+    """Why the module may do more than its class says, or None.
+
+    Args:
+        module: The module.
+        parameters: Names of those that its class has; it may hold no others.
+        children: Likewise.
+        buffers: Likewise.
+    """
+    if any(getattr(module, hooks, None) for hooks in _HOOKS):
+        return 'has hooks'
+    replaced = next((name for name in vars(module) if callable(getattr(type(module), name, None))), None)
+    if replaced is not None:
+        return f'has a {replaced} that is not of its class'
+    surplus = [
+        *(module._parameters.keys() - set(parameters)),
+        *(module._modules.keys() - set(children)),
+        *(module._buffers.keys() - set(buffers)),
+    ]
+    if surplus:
+        return f'also holds {min(surplus)}, as pruned, normalised and wrapped modules do'
+    for name in parameters:
+        parameter = module._parameters.get(name)
+        if parameter is None:
+            continue
+        if type(parameter) is not nn.Parameter or parameter.layout != torch.strided or parameter.dtype not in _DTYPES:
+            return f'has a {name} that is not a plain floating-point parameter but a {_kind(parameter)}'
+        if parameter._backward_hooks or getattr(parameter, '_post_accumulate_grad_hooks', None):
+            return f'has a {name} whose gradient has hooks'
+    return None
+
+
+def _kind(parameter: torch.Tensor) -> str:
+    if type(parameter) is nn.Parameter:
+        return f'{parameter.dtype}, {parameter.layout}'
+    return type(parameter).__name__
+
+
+def _refuse_parallel(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, DistributedDataParallel):
+            raise ValueError(
+                f'{name or "the model"} is wrapped in DistributedDataParallel, which would not see the new parameters; '
+                'change the model first and wrap it then'
+            )
+
+
+# ---- SE into SaE
+
+# The names each of timm's SE classes has for: first dense layer, activation, second dense layer, gate
+_SE_PARTS: dict[type[nn.Module], tuple[str, str, str, str]] = {
+    SEModule: ('fc1', 'act', 'fc2', 'gate'),
+    SqueezeExcite: ('conv_reduce', 'act1', 'conv_expand', 'gate'),
+    OriginalSEModule: ('fc1', 'relu', 'fc2', 'sigmoid'),
+}
+SE_CLASSES: tuple[type[nn.Module], ...] = (*_SE_PARTS, EffectiveSEModule)
+
+# Activations that treat each number by itself, so that more hidden units and other shapes change nothing: torch's own,
+# and timm's versions of them. RReLU is not among them: it draws random numbers, one for each hidden unit.
+_ELEMENTWISE = {
+    *('CELU', 'ELU', 'GELU', 'Hardshrink', 'Hardsigmoid', 'Hardswish', 'Hardtanh', 'Identity', 'LeakyReLU'),
+    *('LogSigmoid', 'Mish', 'PReLU', 'ReLU', 'ReLU6', 'SELU', 'SiLU', 'Sigmoid', 'Softplus', 'Softshrink', 'Softsign'),
+    *('Tanh', 'Tanhshrink', 'Threshold'),
+    *('GELUTanh', 'HardMish', 'HardMishMe', 'HardSigmoid', 'HardSigmoidMe', 'HardSwish', 'HardSwishMe', 'MishMe'),
+    *('QuickGELU', 'Swish', 'SwishMe'),
+}
+_ELEMENTWISE_MODULES = (
+    'torch.nn.modules.activation',
+    'torch.nn.modules.linear',
+    'timm.layers.activations',
+    'timm.layers.activations_me',
+)
+
+
+def lift(model: Model, reduction: int = 32, cardinality: int = 4) -> Model:
+    """Put SaE in the place of every SE layer of a timm model, without changing what the model computes.
+
+    An SE layer with d' hidden units over C channels becomes SaE with `cardinality` branches of C // reduction hidden
+    units each, or of ceil(d' / cardinality) where that is more, which takes all of SE's. Hidden units beyond d' add
+    nothing yet and train from the first step on. Activation, gate, dtype, device, training mode and which parameters
+    require gradients stay. The parameters are new ones: build the optimizer, and wrap the model, afterwards.
+
+    Args:
+        model: A model of any family whose attention is timm's `SEModule` or `SqueezeExcite`. Changed in place. timm
+            rebuilds a model from its name, with SE, so build and lift again before loading the result's state dict.
+        reduction: See above.
+        cardinality: Branches of each SaE.
+
+    Returns:
+        The model; or the SaE layer, if `model` is itself an SE layer.
+
+    Raises:
+        ValueError: A model without SE layers, or with one of which it is not certain that SaE computes the same: a norm
+            or a maximum inside, an activation that is not elementwise, hooks, a replaced `forward`, pruned, quantized
+            or parametrized parts, weights shared with other layers. Says which and why; the model is unchanged then.
+    """
+    check_whole_number('reduction', reduction)
+    check_whole_number('cardinality', cardinality)
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, SE_CLASSES):
+            names.setdefault(module, []).append(name)
+    if not names:
+        raise ValueError(f'{type(model).__name__} holds no SEModule or SqueezeExcite, so there is nothing to lift')
+    uses = _Uses.of(model)
+    for se, (name, *_) in names.items():
+        reason = _why_not_lifted(se, uses)
+        if reason:
+            raise ValueError(f'{name or "the layer"} ({type(se).__name__}) cannot be lifted: {reason}')
+    _refuse_parallel(model)
+
+    layers = {se: _sae_like(se, reduction, cardinality) for se in names}
+    if model in layers:
+        return layers[model]  # type: ignore[return-value]
+    places = [(se, *name.rpartition('.')[::2]) for se in names for name in names[se]]
+    try:
+        for se, parent, child in places:
+            setattr(model.get_submodule(parent), child, layers[se])
+    except BaseException:  # a parent's own __setattr__, or Ctrl-C
+        for se, parent, child in places:
+            setattr(model.get_submodule(parent), child, se)
+        raise
+    return model
+
+
+def _why_not_lifted(se: nn.Module, uses: _Uses) -> str | None:
+    """Why it is not certain that SaE computes what this layer does, or None."""
+    if isinstance(se, EffectiveSEModule):
+        return 'it has one dense layer where SE has two'
+    if type(se) not in _SE_PARTS:
+        return "its class is not timm's own"
+    names = _SE_PARTS[type(se)]
+    reason = _altered(se, children=(*names, 'bn'))
+    if reason:
+        return f'it {reason}'
+    norm = getattr(se, 'bn', None)
+    if norm is not None and type(norm) is not nn.Identity:
+        return f'it has a {type(norm).__name__} between its dense layers'
+    if norm is not None and (reason := _altered(norm)):
+        return f'its bn {reason}'
+    if getattr(se, 'add_maxpool', False):
+        return 'it squeezes with the maximum as well as the mean'
+
+    first, act, second, gate = _parts(se)
+    for name, conv in ((names[0], first), (names[2], second)):
+        if type(conv) is not nn.Conv2d:
+            found = f'{type(conv).__module__}.{type(conv).__qualname__}'
+            return f'its {name} is a {found}, not a plain 1x1 convolution'
+        if conv.kernel_size != (1, 1) or conv.groups != 1 or conv.padding not in ((0, 0), 'valid'):
+            return f'its {name} is not a plain 1x1 convolution'
+        reason = _altered(conv, parameters=('weight', 'bias'))
+        if reason:
+            return f'its {name} {reason}'
+        if uses.parents[id(conv)] > 1 or any(uses.is_shared(p) for p in conv.parameters()):
+            return f'its {name} shares its weights with another layer'
+    assert isinstance(first, nn.Conv2d) and isinstance(second, nn.Conv2d)
+    if (first.bias is None) != (second.bias is None):
+        return f'only its {names[0] if first.bias is not None else names[2]} has a bias'
+    hidden, channels = first.weight.shape[:2]
+    shapes = [(hidden, channels, 1, 1), (channels, hidden, 1, 1)]
+    if [first.weight.shape, second.weight.shape] != shapes or first.in_channels != channels:
+        return f'its {names[0]} and {names[2]} do not belong together'
+    if len({(p.dtype, p.device) for p in (*first.parameters(), *second.parameters())}) > 1:
+        return 'its parameters differ in dtype or device'
+
+    for name, activation in ((names[1], act), (names[3], gate)):
+        kind = type(activation)
+        if kind.__name__ not in _ELEMENTWISE or kind.__module__ not in _ELEMENTWISE_MODULES:
+            return f'its {name} is a {kind.__name__}, of which it is not known that it treats each number by itself'
+        reason = _altered(activation, parameters=('weight',))
+        if reason:
+            return f'its {name} {reason}'
+        if isinstance(activation, nn.PReLU) and activation.weight.numel() > 1:
+            return f'its {name} is a PReLU with a slope for each channel, and SaE has other hidden units'
+    return None
+
+
+def _parts(se: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+    first, act, second, gate = _SE_PARTS[type(se)]
+    return getattr(se, first), getattr(se, act), getattr(se, second), getattr(se, gate)
+
+
+def _sae_like(se: nn.Module, reduction: int, cardinality: int) -> SqueezeAggregatedExcitation:
+    first, act, second, gate = _parts(se)
+    assert isinstance(first, nn.Conv2d) and isinstance(second, nn.Conv2d)
+    layer = SqueezeAggregatedExcitation(
+        first.in_channels,
+        cardinality=cardinality,
+        rd_channels=max(1, first.in_channels // reduction, math.ceil(first.out_channels / cardinality)),
+        bias=first.bias is not None,
+        act_layer=lambda: act,
+        gate_layer=lambda: gate,
+        device=first.weight.device,
+        dtype=first.weight.dtype,
+    )
+    parts = (('fc1', first, layer.fc1), ('fc2', second, layer.fc2))
+    given = {f'{ours}.{name}': p for ours, conv, _ in parts for name, p in conv.named_parameters()}
+    layer.load_state_dict({**layer.state_dict(), **layer.embed(given)})
+    for name, parameter in given.items():
+        layer.get_parameter(name).requires_grad_(parameter.requires_grad)
+    layer.training = se.training  # not layer.train(): activation and gate are SE's own and stay as they are
+    for _, conv, linear in parts:
+        linear.training = conv.training
+    return layer
+
+
+# ---- SaE where there was no attention
+
+
+class TorchvisionBasicBlock(torchvision_resnet.BasicBlock):  # type: ignore[misc]
+    """torchvision's BasicBlock with attention, `se`, between the last norm and the sum. `add_attention` makes it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C_in, H, W) to (N, C_out, H / stride, W / stride)."""
+        branch: torch.Tensor = self.relu(self.bn1(self.conv1(x)))
+        branch = self.se(self.bn2(self.conv2(branch)))
+        branch += x if self.downsample is None else self.downsample(x)
+        branch = self.relu(branch)
+        return branch
+
+
+class TorchvisionBottleneck(torchvision_resnet.Bottleneck):  # type: ignore[misc]
+    """torchvision's Bottleneck with attention, `se`, between the last norm and the sum. `add_attention` makes it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C_in, H, W) to (N, C_out, H / stride, W / stride)."""
+        branch: torch.Tensor = self.relu(self.bn1(self.conv1(x)))
+        branch = self.relu(self.bn2(self.conv2(branch)))
+        branch = self.se(self.bn3(self.conv3(branch)))
+        branch += x if self.downsample is None else self.downsample(x)
+        branch = self.relu(branch)
+        return branch
+
+
+# Each block: the names of its last conv and norm, and the class it has once it has attention. timm's own forward calls
+# `se` where there is one, so timm's blocks stay timm's.
+_BLOCKS: dict[type[nn.Module], tuple[str, str, type[nn.Module]]] = {
+    resnet.BasicBlock: ('conv2', 'bn2', resnet.BasicBlock),
+    resnet.Bottleneck: ('conv3', 'bn3', resnet.Bottleneck),
+    torchvision_resnet.BasicBlock: ('conv2', 'bn2', TorchvisionBasicBlock),
+    torchvision_resnet.Bottleneck: ('conv3', 'bn3', TorchvisionBottleneck),
+}
+BLOCK_CLASSES: tuple[type[nn.Module], ...] = tuple(_BLOCKS)
+
+
+def add_attention(model: Model, reduction: int = 32, cardinality: int = 4) -> Model:
+    """Put SaE into every residual block without attention, without changing what the model computes.
+
+    The layer comes after the last norm of the residual branch, before the shortcut is added. Its second dense layer is
+    zero, so each gate is sigmoid(0) = 1/2, and weight and bias of that norm are doubled. Both are exact in binary
+    floating point, so the outputs stay the same to the last bit, in inference and in training, short of overflow. At
+    1/2 the sigmoid is steepest: the attention trains from the first step on.
+
+    Names in the state dict stay, and `<block>.se.*` are new. A saved state dict loads into the model built again, with
+    attention added again. Build the optimizer, and wrap or compile the model, afterwards.
+
+    Args:
+        model: A model made of the residual blocks of timm's ResNet, whatever its stem, shortcuts and norms, or of
+            torchvision's. Changed in place. Blocks that have attention keep it; see `lift`.
+        reduction: A branch has channels // reduction hidden units, and at least one.
+        cardinality: Branches of each SaE.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: A model without such blocks, or with a block of which it is not certain that it stays the same: its
+            last norm has no weight, or is shared, hooked, parametrized, frozen for good or quantized; or its class or
+            forward is not timm's or torchvision's own. Says which and why; the model is unchanged then.
+    """
+    check_whole_number('reduction', reduction)
+    check_whole_number('cardinality', cardinality)
+    blocks = {name: m for name, m in model.named_modules() if isinstance(m, BLOCK_CLASSES)}
+    without = {name: block for name, block in blocks.items() if getattr(block, 'se', None) is None}
+    if not without:
+        raise ValueError(
+            f'every residual block of this {type(model).__name__} has attention'
+            if blocks
+            else f"{type(model).__name__} holds no residual block of timm's or torchvision's ResNet"
+        )
+    uses = _Uses.of(model)
+    for name, block in without.items():
+        reason = _why_no_attention(block, uses)
+        if reason:
+            raise ValueError(f'{name or "the block"} ({type(block).__name__}) cannot take attention: {reason}')
+    _refuse_parallel(model)
+
+    plans = []
+    for block in without.values():
+        _, _, becomes = _BLOCKS[type(block)]
+        plans.append((block, becomes, list(_last_affine(block).parameters()), _idle_sae(block, reduction, cardinality)))
+    undo: list[Callable[[], object]] = []
+    try:
+        for block, becomes, parameters, layer in plans:
+            with torch.no_grad():
+                for parameter in parameters:
+                    parameter.mul_(2)
+                    undo.append(partial(parameter.mul_, 0.5))
+            undo.append(partial(_take_attention, block, type(block), 'se' in vars(block)))
+            block.se = layer
+            block.__class__ = becomes
+    except BaseException:  # parameters in memory that cannot be written to, or Ctrl-C
+        with torch.no_grad():
+            for action in reversed(undo):
+                action()
+        raise
+    return model
+
+
+def _take_attention(block: nn.Module, kind: type[nn.Module], names_se: bool) -> None:
+    """Make the block again what it was: of its class, and with or without a name `se` for what it has not."""
+    block.__class__ = kind
+    block._modules.pop('se', None)
+    if names_se:
+        vars(block)['se'] = None
+
+
+def _last_affine(block: nn.Module) -> nn.Module:
+    """The last module of the residual branch: its norm, or its conv where the norm has been folded into that."""
+    conv, norm, _ = _BLOCKS[type(block)]
+    last: nn.Module = getattr(block, norm)
+    return getattr(block, conv) if type(last) is nn.Identity else last
+
+
+def _why_no_attention(block: nn.Module, uses: _Uses) -> str | None:
+    """Why it is not certain that the block computes the same with attention, or None."""
+    if type(block) not in _BLOCKS:
+        return "its class is not timm's or torchvision's own"
+    if 'forward' in vars(block):
+        return 'its forward is not that of its class'
+    conv_name, norm_name, _ = _BLOCKS[type(block)]
+    conv, norm = getattr(block, conv_name), getattr(block, norm_name)
+    weight = getattr(conv, 'weight', None)
+    if not isinstance(weight, torch.Tensor) or weight.dtype not in _DTYPES:
+        return f'its {conv_name} is a {type(conv).__name__} without a plain floating-point weight'
+    if type(norm) is nn.Identity:
+        if _altered(norm):
+            return f'its {norm_name} {_altered(norm)}'
+        name, last, is_known = conv_name, conv, type(conv) is nn.Conv2d
+    else:
+        name, last, is_known = norm_name, norm, type(norm) in AFFINE_NORMS
+    if not is_known:
+        return f'its {name} is a {type(last).__name__}, of which it is not known that it ends with weight and bias'
+    if getattr(last, 'weight', None) is None:
+        return f'its {name} has no weight that could be doubled'
+    buffers = ('running_mean', 'running_var', 'num_batches_tracked')
+    reason = _altered(last, parameters=('weight', 'bias'), buffers=buffers)
+    if reason:
+        return f'its {name} {reason}'
+    if uses.parents[id(last)] > 1 or any(uses.is_shared(p) for p in last.parameters()):
+        return f'its {name} is shared with another module'
+    for parameter in last.parameters():
+        if parameter.is_inference():
+            return f'its {name} was made in inference mode and cannot be changed'
+        if not parameter.is_meta and (2 * parameter.detach()).isinf().any():
+            return f'twice the parameters of its {name} would overflow in {parameter.dtype}'
+    return None
+
+
+def _idle_sae(block: nn.Module, reduction: int, cardinality: int) -> SqueezeAggregatedExcitation:
+    weight: torch.Tensor = getattr(block, _BLOCKS[type(block)][0]).weight
+    layer = SqueezeAggregatedExcitation(
+        weight.shape[0], reduction, cardinality, device=weight.device, dtype=weight.dtype
+    )
+    nn.init.zeros_(layer.fc2.weight)
+    nn.init.zeros_(layer.fc2.bias)
+    return layer.train(block.training)
