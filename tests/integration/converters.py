@@ -90,9 +90,15 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def rounding(model: nn.Module, bits: int) -> float:
-    """How far rounding can take the output: each layer adds the error of its sums, 2^-bits times the root of their
-    length."""
+    """How far rounding can take the output, relative to it.
+
+    In floating point each layer adds the error of its sums: 2^-bits times the root of their length. Integers of 8 bits
+    cover +-6 standard deviations in 255 steps, and rounding to steps of d has a standard deviation of d / sqrt(12): that
+    is the error of a layer's weights relative to them, and of its input; the errors of all layers are independent.
+    """
     weights = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    if bits == 8:
+        return 12 / 255 / math.sqrt(12) * math.sqrt(2 * len(weights))
     return 2.0**-bits * sum(math.sqrt(w[0].numel()) for w in weights)
 
 
@@ -143,7 +149,9 @@ def torchao_int8(model: nn.Module, x: Tensor, folder: Path) -> Run:
 
     quantized = copy.deepcopy(model)
     quantize_(quantized, Int8DynamicActivationInt8WeightConfig())
-    plain = {name for name, m in quantized.named_modules() if isinstance(m, nn.Linear) and type(m.weight.data) is Tensor}
+    plain = {
+        name for name, m in quantized.named_modules() if isinstance(m, nn.Linear) and type(m.weight.data) is Tensor
+    }
     assert not plain, f'not quantized: {sorted(plain)}'
     return quantized
 

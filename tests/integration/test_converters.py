@@ -1,0 +1,42 @@
+"""Whatever converts timm's seresnet50 converts senetv2_resnet50, also reparameterized, with equal logits."""
+
+import pytest
+from converters import MODELS, Converter
+from integrations import fresh, need, record
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+MODULES = {'onnx': 'onnxscript'}  # what shows that the library is there, where its own name does not
+
+
+@pytest.mark.parametrize('name', Converter.every)
+def test_what_converts_timms_model_converts_ours(name, tmp_path):
+    one = Converter.every[name]
+    need(one.library, MODULES.get(one.library, one.library))
+    found = {row['model']: row for row in fresh('converters.py', name, tmp_path)}
+    assert found.keys() == MODELS.keys()
+    for label, row in found.items():
+        record('converter', one.library, row['version'], one.call, _words(label), _result(row))
+    if 'failure' in found['timm']:
+        pytest.xfail(f'timm: {found["timm"]["failure"]}')
+    for label in ('ours', 'reparameterized'):
+        row = found[label]
+        assert 'failure' not in row, f'{label}: {row["failure"]}'
+        if one.runs:
+            assert row['lost'] > 2 * row['bound'], 'the check could not tell a model without attention'
+            assert row['error'] <= row['bound'], label
+        if 'slim' in row:
+            growth = {k: found[k]['slim'] / found[k]['size'] for k in (label, 'timm')}
+            assert growth[label] <= max(1, growth['timm']) + 0.005, growth
+
+
+def _words(label: str) -> str:
+    name, reparameterized = MODELS[label]
+    return f'{name}, reparameterized' if reparameterized else name
+
+
+def _result(row: dict) -> str:
+    if 'failure' in row:
+        return f'fails: {row["failure"]}'
+    if 'error' not in row:
+        return 'converts'
+    return f'logits differ by {row["error"]:.0e} (bound {row["bound"]:.0e})'
