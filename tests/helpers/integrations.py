@@ -21,7 +21,7 @@ COLUMNS = ('kind', 'library', 'version', 'call', 'model', 'result')
 
 
 def fresh(script: str, name: str, folder: Path) -> list[dict[str, Any]]:
-    """Run `script NAME FOLDER` of tests/integration in a process without an import of ours, and return what it found."""
+    """Run `script NAME FOLDER` of tests/integration in a process without an import of ours; return what it found."""
     given = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'HUGGING')) and k != 'PYTHONPATH'}
     own = dict(HF_HUB_OFFLINE='1', HF_HOME=str(folder / 'hf'), OMP_NUM_THREADS='1', TORCHINDUCTOR_COMPILE_THREADS='1')
     done = subprocess.run(

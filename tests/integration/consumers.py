@@ -397,15 +397,20 @@ def gradcam(folder: Path) -> str:
         maps = cam(input_tensor=images, targets=[ClassifierOutputTarget(1)] * 2, eigen_smooth=False)
     features = model.forward_features(images)
     gradient = torch.autograd.grad(model.forward_head(features)[:, 1].sum(), features)[0]
-    expected = F.relu((gradient.mean((2, 3), keepdim=True) * features).sum(1)).detach()
-    assert maps.shape == (2, SIZE, SIZE)
-    for found, own in zip(torch.from_numpy(maps), expected, strict=True):
-        assert 0 <= found.min() and found.max() <= 1.001
-        assert (own.max() > 0) == bool(found.max() > 0)
-    return 'maps of both images'
+    expected = F.relu((gradient.mean((2, 3), keepdim=True) * features).sum(1, keepdim=True))
+    expected = F.interpolate(_unit(expected), (SIZE, SIZE), mode='bilinear')
+    assert maps.max() > 0.5
+    torch.testing.assert_close(torch.from_numpy(maps), _unit(expected)[:, 0].detach(), rtol=0, atol=1e-3)
+    return 'maps equal'
 
 
-@consumer('captum', 'IntegratedGradients.attribute, LayerGradCam on se')
+def _unit(maps: Tensor) -> Tensor:
+    """Each map from 0 to 1."""
+    maps = maps - maps.amin((2, 3), keepdim=True)
+    return maps / (maps.amax((2, 3), keepdim=True) + 1e-7)
+
+
+@consumer('captum', 'IntegratedGradients.attribute, LayerActivation of se')
 def captum_attribution(folder: Path) -> str:
     from captum.attr import IntegratedGradients, LayerActivation
 

@@ -1,8 +1,9 @@
 """One converter, three models, in a process without an import of ours: `python converters.py NAME FOLDER`.
 
 The models are senetv2_resnet50, the same after timm.models.reparameterize_model, and timm's seresnet50 for comparison,
-with random norms and gates. Prints one JSON line for each model: `error`, the relative distance of the converted model's
-logits from the original's in float64, the `bound` that it must keep, `size` of the file if there is one; or `failure`.
+with random norms and gates. Prints one JSON line for each model: `error`, the relative distance of the converted
+model's logits from the original's in float64, the `bound` that it must keep, how far the logits are off where the
+attention is `lost`, and what the converter adds; or `failure`.
 """
 
 import copy
@@ -93,8 +94,8 @@ def rounding(model: nn.Module, bits: int) -> float:
     """How far rounding can take the output, relative to it.
 
     In floating point each layer adds the error of its sums: 2^-bits times the root of their length. Integers of 8 bits
-    cover +-6 standard deviations in 255 steps, and rounding to steps of d has a standard deviation of d / sqrt(12): that
-    is the error of a layer's weights relative to them, and of its input; the errors of all layers are independent.
+    cover +-6 standard deviations in 255 steps, and rounding to steps of d has a standard deviation of d / sqrt(12):
+    that is the error of a layer's weights relative to them, and of its input; the errors of all layers are independent.
     """
     weights = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     if bits == 8:
@@ -196,7 +197,7 @@ def onnxslim(model: nn.Module, x: Tensor, folder: Path) -> Run:
     slim = folder / 'slim.onnx'
     onnx.save(onnxslim.slim(str(path)), slim)
     run = _onnxruntime(slim)
-    run.sizes = path.stat().st_size, slim.stat().st_size
+    run.facts = dict(growth=slim.stat().st_size / path.stat().st_size - 1)
     return run
 
 
@@ -296,10 +297,16 @@ def executorch_xnnpack(model: nn.Module, x: Tensor, folder: Path) -> Run:
     from executorch.runtime import Runtime
 
     lowered = to_edge_transform_and_lower(_exported(model, x, dynamic=False), partitioner=[XnnpackPartitioner()])
+    calls = [str(node.target) for node in lowered.exported_program().graph.nodes if node.op == 'call_function']
     path = folder / 'model.pte'
     path.write_bytes(lowered.to_executorch().buffer)
     method = Runtime.get().load_program(path).load_method('forward')
-    return lambda x: method.execute([x])[0]
+
+    def run(x: Tensor) -> Tensor:
+        return method.execute([x])[0]
+
+    run.facts = dict(outside=sum('delegate' not in name and 'getitem' not in name for name in calls))
+    return run
 
 
 # --- Judgement ---
@@ -322,8 +329,7 @@ def check(one: Converter, name: str, reparameterize: bool, folder: Path) -> dict
             found.append(run(other))
     bound = rounding(model, one.bits)
     error = max(itertools.starmap(distance, zip(found, expected, strict=False)))
-    sizes = dict(zip(('size', 'slim'), getattr(run, 'sizes', ()), strict=False))
-    return dict(error=error, bound=bound, lost=lost, **sizes)
+    return dict(error=error, bound=bound, lost=lost, **getattr(run, 'facts', {}))
 
 
 def main(name: str, folder: Path) -> None:
