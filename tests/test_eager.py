@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_senetv2.layers._eager import is_batched, is_intercepted, is_observed, is_plain
+from timm_senetv2.layers._eager import is_intercepted, is_observed, is_plain
 
 
 def observed_during(run) -> bool:
@@ -133,25 +133,6 @@ def test_fx_replaces_module_call():
     answers = []
     torch.fx.symbolic_trace(Model())
     assert answers == [True]
-
-
-def test_is_legacy_batchedtensor_shows_batched_gradients():
-    answers = []
-
-    class Twice(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return 2 * x
-
-        @staticmethod
-        def backward(ctx, grad):
-            answers.append(is_batched(grad))
-            return 2 * grad
-
-    x = torch.ones(2, requires_grad=True)
-    torch.autograd.grad(Twice.apply(x), x, torch.eye(2), is_grads_batched=True)
-    torch.autograd.grad(Twice.apply(x), x, torch.ones(2))
-    assert answers == [True, False]
 
 
 # ---- plain modules

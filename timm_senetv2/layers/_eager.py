@@ -21,7 +21,7 @@ def is_observed() -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None  # vmap, grad, jvp, functionalize, …
         or forward_ad._current_level >= 0
         or is_in_torch_dispatch_mode()  # make_fx, FlopCounterMode, FakeTensorMode, …
-        or _is_intercepted()
+        or is_intercepted()
         or nn.Module.__call__ is not _MODULE_CALL
     )
 
@@ -35,11 +35,11 @@ def is_compiled() -> bool:
         torch.compiler.is_compiling()
         and hasattr(torch.compiler, 'is_exporting')
         and not torch.compiler.is_exporting()
-        and not _is_intercepted()
+        and not is_intercepted()
     )
 
 
-def _is_intercepted() -> bool:
+def is_intercepted() -> bool:
     """Whether a mode sees every function of torch, or a hook every module: while compiling too."""
     return torch._C._len_torch_function_stack() > 0 or bool(_has_any_global_hook())
 

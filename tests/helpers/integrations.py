@@ -1,0 +1,61 @@
+"""Checks of other libraries: each in a fresh process, its outcome kept in results/integrations.csv."""
+
+import csv
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from timm_senetv2.files import write_atomically
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / 'results' / 'integrations.csv'
+COLUMNS = ('kind', 'library', 'version', 'call', 'model', 'result')
+
+
+def fresh(script: str, name: str, folder: Path) -> list[dict[str, Any]]:
+    """Run `script NAME FOLDER` of tests/integration in a process without an import of ours; return what it found."""
+    given = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'HUGGING')) and k != 'PYTHONPATH'}
+    own = dict(HF_HUB_OFFLINE='1', HF_HOME=str(folder / 'hf'), OMP_NUM_THREADS='1', TORCHINDUCTOR_COMPILE_THREADS='1')
+    done = subprocess.run(
+        [sys.executable, ROOT / 'tests' / 'integration' / script, name, folder],
+        env=given | own,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    found = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith('RESULT ')]
+    assert done.returncode == 0 and found, f'{done.stdout[-2000:]}\n{done.stderr[-4000:]}'
+    return found
+
+
+def record(kind: str, library: str, version: str, call: str, model: str, result: str) -> None:
+    """Put one row into the results, in place of the one of the same call and model."""
+    with FileLock(Path(tempfile.gettempdir(), 'timm-senetv2-integrations.lock')):
+        rows = {}
+        if RESULTS.exists():
+            with RESULTS.open(newline='', encoding='utf-8') as file:
+                rows = {_key(row): row for row in csv.DictReader(file)}
+        row = dict(zip(COLUMNS, (kind, library, version, call, model, result), strict=True))
+        rows[_key(row)] = row
+        with write_atomically(RESULTS) as temporary, temporary.open('w', newline='', encoding='utf-8') as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
+            writer.writeheader()
+            writer.writerows(rows[key] for key in sorted(rows))
+
+
+def _key(row: dict[str, str]) -> tuple[str, ...]:
+    return row['kind'], row['library'].lower(), row['call'], row['model']
+
+
+def need(library: str, module: str) -> None:
+    """Skip the test where the library is not installed."""
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"{library} is not installed: pip install 'timm-senetv2[integration]'")

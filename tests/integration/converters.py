@@ -1,0 +1,353 @@
+"""One converter, three models, in a process without an import of ours: `python converters.py NAME FOLDER`.
+
+The models are senetv2_resnet50, the same after timm.models.reparameterize_model, and timm's seresnet50 for comparison,
+with random norms and gates. Prints one JSON line for each model: `error`, the relative distance of the converted
+model's logits from the original's in float64, the `bound` that it must keep, how far the logits are off where the
+attention is `lost`, and what the converter adds; or `failure`.
+"""
+
+import copy
+import itertools
+import json
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+SIZE, CLASSES = 64, 10
+MODELS = {
+    'ours': ('senetv2_resnet50', False),
+    'reparameterized': ('senetv2_resnet50', True),
+    'timm': ('seresnet50', False),
+}
+Run = Callable[[Tensor], Tensor]
+
+
+class Converter:
+    """A converter by the name of its function: the library, how it is called, and what it does."""
+
+    every: dict[str, 'Converter'] = {}
+
+    def __init__(self, library: str, call: str, function: Callable, bits: int, runs: bool) -> None:
+        self.library, self.call, self.function, self.bits, self.runs = library, call, function, bits, runs
+
+
+def converter(library: str, call: str, bits: int = 24, runs: bool = True) -> Callable:
+    """Register `function(model, x, folder) -> run`, where `bits` is the precision of its arithmetic."""
+
+    def register(function: Callable) -> Callable:
+        Converter.every[function.__name__] = Converter(library, call, function, bits, runs)
+        return function
+
+    return register
+
+
+# --- Models ---
+
+
+def build(name: str) -> nn.Module:
+    """A model whose norms have the statistics of its data, random weights, and gates far from constant."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=CLASSES)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, std=0.5)
+        norm.momentum = None  # the plain average
+    for module in model.modules():
+        if hasattr(module, 'fc2'):
+            nn.init.normal_(module.fc1.weight, std=module.fc1.weight[0].numel() ** -0.5)
+            nn.init.normal_(module.fc2.weight, std=8 * module.fc2.weight[0].numel() ** -0.5)
+    with torch.no_grad():
+        model(inputs(32))
+    for norm in norms:
+        norm.momentum = 0.1
+    return model.eval()
+
+
+def inputs(batch: int) -> Tensor:
+    return torch.randn(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(batch))
+
+
+def constant_gates(model: nn.Module) -> nn.Module:
+    """A copy whose gates do not see the image: what a converter that lost the attention would compute."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if hasattr(module, 'fc2'):
+            nn.init.zeros_(module.fc2.weight)
+    return model
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Of a from b, relative to b."""
+    return float((a.double() - b).norm() / b.norm())
+
+
+def rounding(model: nn.Module, bits: int) -> float:
+    """How far rounding can take the output, relative to it.
+
+    In floating point each layer adds the error of its sums: 2^-bits times the root of their length. Integers of 8 bits
+    cover +-6 standard deviations in 255 steps, and rounding to steps of d has a standard deviation of d / sqrt(12):
+    that is the error of a layer's weights relative to them, and of its input; the errors of all layers are independent.
+    """
+    weights = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    if bits == 8:
+        return 12 / 255 / math.sqrt(12) * math.sqrt(2 * len(weights))
+    return 2.0**-bits * sum(math.sqrt(w[0].numel()) for w in weights)
+
+
+# --- torch's own ---
+
+
+@converter('torch', 'torch.export.export(strict=False)')
+def export(model: nn.Module, x: Tensor, folder: Path) -> Run:
+    return _exported(model, x, strict=False).module()
+
+
+@converter('torch', 'torch.export.export(strict=True)')
+def export_strict(model: nn.Module, x: Tensor, folder: Path) -> Run:
+    return _exported(model, x, strict=True).module()
+
+
+def _exported(model: nn.Module, x: Tensor, strict: bool = False, dynamic: bool = True) -> torch.export.ExportedProgram:
+    batch = ({0: torch.export.Dim('batch', min=1, max=64)},) if dynamic else None
+    with torch.no_grad():
+        return torch.export.export(model, (x,), dynamic_shapes=batch, strict=strict)
+
+
+@converter('torch', 'torch.jit.script')
+def script(model: nn.Module, x: Tensor, folder: Path) -> Run:
+    return _saved_script(torch.jit.script(model), folder)
+
+
+@converter('torch', 'torch.jit.trace')
+def trace(model: nn.Module, x: Tensor, folder: Path) -> Run:
+    return _saved_script(torch.jit.trace(model, x), folder)
+
+
+def _saved_script(module: torch.jit.ScriptModule, folder: Path) -> Run:
+    torch.jit.save(module, folder / 'model.pt')
+    return torch.jit.load(folder / 'model.pt')
+
+
+@converter('torch', 'torch._inductor.aoti_compile_and_package')
+def aot_inductor(model: nn.Module, x: Tensor, folder: Path) -> Run:
+    path = str(folder / 'model.pt2')
+    torch._inductor.aoti_compile_and_package(_exported(model, x), package_path=path)
+    return torch._inductor.aoti_load_package(path)
+
+
+@converter('torchao', 'quantize_(model, Int8DynamicActivationInt8WeightConfig())', bits=8)
+def torchao_int8(model: nn.Module, x: Tensor, folder: Path) -> Run:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantized = copy.deepcopy(model)
+    quantize_(quantized, Int8DynamicActivationInt8WeightConfig())
+    plain = {
+        name for name, m in quantized.named_modules() if isinstance(m, nn.Linear) and type(m.weight.data) is Tensor
+    }
+    assert not plain, f'not quantized: {sorted(plain)}'
+    return quantized
+
+
+# --- ONNX ---
+
+
+def _onnx(model: nn.Module, x: Tensor, folder: Path, dynamo: bool = True) -> Path:
+    path = folder / 'model.onnx'
+    options = (
+        dict(dynamic_shapes=({0: torch.export.Dim('batch', min=1, max=64)},), external_data=False, verbose=False)
+        if dynamo
+        else dict(dynamic_axes={'x': {0: 'batch'}, 'logits': {0: 'batch'}})
+    )
+    torch.onnx.export(model, (x,), path, input_names=['x'], output_names=['logits'], dynamo=dynamo, **options)
+    return path
+
+
+def _onnxruntime(path: Path) -> Run:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    return lambda x: torch.from_numpy(session.run(None, {'x': x.numpy()})[0])
+
+
+@converter('onnx', 'torch.onnx.export(dynamo=True)')
+def onnx_dynamo(model: nn.Module, x: Tensor, folder: Path) -> Run:
+    return _onnxruntime(_onnx(model, x, folder))
+
+
+@converter('onnx', 'torch.onnx.export(dynamo=False)')
+def onnx_torchscript(model: nn.Module, x: Tensor, folder: Path) -> Run:
+    return _onnxruntime(_onnx(model, x, folder, dynamo=False))
+
+
+@converter('onnxslim', 'onnxslim.slim')
+def onnxslim(model: nn.Module, x: Tensor, folder: Path) -> Run:
+    import onnx
+    import onnxslim
+
+    path = _onnx(model, x, folder)
+    slim = folder / 'slim.onnx'
+    onnx.save(onnxslim.slim(str(path)), slim)
+    run = _onnxruntime(slim)
+    run.facts = dict(growth=slim.stat().st_size / path.stat().st_size - 1)
+    return run
+
+
+@converter('onnxruntime', 'quant_pre_process, then quantize_dynamic', bits=8)
+def onnxruntime_dynamic(model: nn.Module, x: Tensor, folder: Path) -> Run:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    path = folder / 'quantized.onnx'
+    quantize_dynamic(_preprocessed(model, x, folder), path, weight_type=QuantType.QUInt8)  # its kernels take no QInt8
+    return _quantized(path)
+
+
+@converter('onnxruntime', 'quant_pre_process, then quantize_static', bits=8)
+def onnxruntime_static(model: nn.Module, x: Tensor, folder: Path) -> Run:
+    from onnxruntime.quantization import CalibrationDataReader, quantize_static
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.batches = iter({'x': inputs(n).numpy()} for n in range(8, 16))
+
+        def get_next(self):
+            return next(self.batches, None)
+
+    path = folder / 'quantized.onnx'
+    quantize_static(_preprocessed(model, x, folder), path, Reader(), per_channel=True)
+    return _quantized(path)
+
+
+def _preprocessed(model: nn.Module, x: Tensor, folder: Path) -> Path:
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    path = folder / 'preprocessed.onnx'
+    quant_pre_process(_onnx(model, x, folder), path)
+    return path
+
+
+def _quantized(path: Path) -> Run:
+    import onnx
+
+    kinds = {t.data_type for t in onnx.load(path).graph.initializer if len(t.dims) > 1}
+    assert kinds <= {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}, f'weights left as they were: {kinds}'
+    return _onnxruntime(path)
+
+
+# --- Other runtimes ---
+
+
+@converter('openvino', 'convert_model(model, example_input=x)')
+def openvino(model: nn.Module, x: Tensor, folder: Path) -> Run:
+    import openvino
+
+    return _openvino(openvino.convert_model(model, example_input=x, input=[(-1, 3, SIZE, SIZE)]))
+
+
+@converter('openvino', 'convert_model(exported program)')
+def openvino_export(model: nn.Module, x: Tensor, folder: Path) -> Run:
+    import openvino
+
+    return _openvino(openvino.convert_model(_exported(model, x)))
+
+
+@converter('openvino', "convert_model('model.onnx')")
+def openvino_onnx(model: nn.Module, x: Tensor, folder: Path) -> Run:
+    import openvino
+
+    return _openvino(openvino.convert_model(_onnx(model, x, folder)))
+
+
+def _openvino(converted: object) -> Run:
+    import openvino
+
+    compiled = openvino.compile_model(converted, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+    return lambda x: torch.from_numpy(compiled(x.numpy())[0])
+
+
+@converter('coremltools', 'convert(traced), not run', runs=False)
+def coreml_trace(model: nn.Module, x: Tensor, folder: Path) -> None:
+    import coremltools
+
+    traced = torch.jit.trace(model, x)
+    converted = coremltools.convert(traced, inputs=[coremltools.TensorType(shape=tuple(x.shape))], skip_model_load=True)
+    converted.save(str(folder / 'model.mlpackage'))
+
+
+@converter('coremltools', 'convert(exported program), not run', runs=False)
+def coreml_export(model: nn.Module, x: Tensor, folder: Path) -> None:
+    import coremltools
+
+    program = _exported(model, x, dynamic=False).run_decompositions({})
+    coremltools.convert(program, skip_model_load=True).save(str(folder / 'model.mlpackage'))
+
+
+@converter('executorch', 'to_edge_transform_and_lower(partitioner=[XnnpackPartitioner()])')
+def executorch_xnnpack(model: nn.Module, x: Tensor, folder: Path) -> Run:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+
+    lowered = to_edge_transform_and_lower(_exported(model, x, dynamic=False), partitioner=[XnnpackPartitioner()])
+    calls = [str(node.target) for node in lowered.exported_program().graph.nodes if node.op == 'call_function']
+    path = folder / 'model.pte'
+    path.write_bytes(lowered.to_executorch().buffer)
+    method = Runtime.get().load_program(path).load_method('forward')
+
+    def run(x: Tensor) -> Tensor:
+        return method.execute([x])[0]
+
+    run.facts = dict(outside=sum('delegate' not in name and 'getitem' not in name for name in calls))
+    return run
+
+
+# --- Judgement ---
+
+
+def check(one: Converter, name: str, reparameterize: bool, folder: Path) -> dict[str, object]:
+    model = build(name)
+    if reparameterize:
+        model = timm.models.reparameterize_model(model)
+    x, other = inputs(2), inputs(3)
+    reference = copy.deepcopy(model).double()
+    with torch.no_grad():
+        expected = [reference(t.double()) for t in (x, other)]
+        lost = distance(constant_gates(reference)(x.double()), expected[0])
+        run = one.function(model, x, folder)
+        if not one.runs:
+            return {}
+        found = [run(x)]
+        if one.library not in ('executorch',):  # converted for one batch size
+            found.append(run(other))
+    bound = rounding(model, one.bits)
+    error = max(itertools.starmap(distance, zip(found, expected, strict=False)))
+    return dict(error=error, bound=bound, lost=lost, **getattr(run, 'facts', {}))
+
+
+def main(name: str, folder: Path) -> None:
+    warnings.filterwarnings('ignore')
+    torch.set_num_threads(1)
+    one = Converter.every[name]
+    for label, (model, reparameterize) in MODELS.items():
+        own = folder / label
+        own.mkdir()
+        try:
+            found = check(one, model, reparameterize, own)
+        except Exception as e:  # any failure is a result
+            lines = [line for line in str(e).splitlines() if line.strip()] or ['']
+            found = dict(failure=f'{type(e).__name__}: {lines[0]}'[:300])
+            if 'TRACE' in os.environ:
+                raise
+        print('RESULT', json.dumps(dict(model=label, version=version(one.library), **found)), flush=True)
+
+
+if __name__ == '__main__':
+    main(sys.argv[1], Path(sys.argv[2]))
