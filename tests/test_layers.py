@@ -203,8 +203,8 @@ def test_no_sum_that_others_hold_is_written_into(op):
     with torch.no_grad():
         Keep(graph).run(x)
     assert sum(name.startswith('add') for name in kept) == 3
-    for held, copy in kept.values():
-        assert torch.equal(held, copy)
+    for held, before in kept.values():
+        assert torch.equal(held, before)
 
     seen = []
 
