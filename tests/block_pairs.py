@@ -70,7 +70,7 @@ def run(block: nn.Module, x: torch.Tensor, forward=None) -> dict[str, torch.Tens
     x = x.clone().requires_grad_()
     torch.manual_seed(1)  # the same paths are dropped
     block.zero_grad()
-    out = (forward or block)(x)
+    out = (block if forward is None else forward)(x)
     (out * torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
     grads = {name: p.grad.clone() for name, p in block.named_parameters() if p.grad is not None}
     return {'out': out.detach(), 'x': x.grad, **grads, **{k: b.clone() for k, b in block.named_buffers()}}

@@ -51,7 +51,7 @@ def compiled(block: nn.Module, backend='aot_eager', **kwargs):
 @both_blocks
 def test_eager_inference_is_fused_where_it_pays(cls, tails):
     block = build(cls, dtype=torch.float32).eval()
-    size = math.isqrt(fused._WORTHWHILE // WIDTH // 2)
+    size = math.isqrt(fused._WORTHWHILE // WIDTH // 2) + 1
     x = images(2, torch.float32, size)
     assert x.numel() >= fused._WORTHWHILE
     with torch.no_grad():

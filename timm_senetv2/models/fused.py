@@ -119,8 +119,10 @@ def fused_tail(block: Any, x: torch.Tensor, shortcut: torch.Tensor, conv: Any, n
     if not has_norm:
         return torch.addcmul(shortcut, y, _nchw(s), out=y)
     if y.dtype == dtype:
-        torch.addcmul(shortcut, y, _nchw(a * s), out=y)
-        return y.add_(_nchw(torch.addcmul(b, shift, a, value=-1) * s))
+        factor = a * s
+        # in float64 and from the rounded factor: with large means, the two large products must cancel
+        offset = torch.addcmul((b * s).double(), shift.double(), factor.double(), value=-1).to(dtype)
+        return torch.addcmul(shortcut, y, _nchw(factor), out=y).add_(_nchw(offset))
     _normalize_and_scale_(y, norm, s.to(dtype))
     return y.add_(shortcut)
 
