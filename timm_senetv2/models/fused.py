@@ -44,7 +44,7 @@ def may_fuse(block: Any, x: torch.Tensor, conv: nn.Module, norm: Any) -> bool:
     if type(x) is not torch.Tensor:  # a tensor subclass, or a stand-in for a tensor while a graph is captured
         return False
     if torch.compiler.is_compiling():
-        worthwhile = is_compiled()
+        worthwhile = is_compiled() and len(x) > 0
     else:
         worthwhile = (
             not torch.is_grad_enabled()
