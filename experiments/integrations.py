@@ -1,0 +1,31 @@
+"""The tables of results/integrations.csv, which the integration tests write."""
+
+import csv
+from pathlib import Path
+
+RESULTS = Path(__file__).parents[1] / 'results' / 'integrations.csv'
+CONVERTED = ('senetv2_resnet50', 'senetv2_resnet50, reparameterized', 'seresnet50')
+
+
+def integrations(kind: str) -> str:
+    """What was found with the libraries of a kind, 'converter' or 'consumer', as a Markdown table."""
+    with RESULTS.open(newline='', encoding='utf-8') as file:
+        rows = [row for row in csv.DictReader(file) if row['kind'] == kind]
+    if kind == 'consumer':
+        lines = ['| Library | Version | Call | Model | Result |', '|---|---|---|---|---|']
+        lines += [
+            f'| {row["library"]} | {row["version"]} | `{row["call"]}` | `{row["model"]}` | {row["result"]} |'
+            for row in rows
+        ]
+        return '\n'.join(lines)
+    calls: dict[tuple[str, str, str], dict[str, str]] = {}
+    for row in rows:
+        calls.setdefault((row['library'], row['version'], row['call']), {})[row['model']] = row['result']
+    lines = [
+        "| Library | Version | Call | `senetv2_resnet50` | reparameterized | timm's `seresnet50` |",
+        '|---|---|---|---|---|---|',
+    ]
+    for (library, version, call), results in calls.items():
+        cells = [results.get(model, 'not run').removeprefix('logits differ by ') for model in CONVERTED]
+        lines.append(f'| {library} | {version} | `{call}` | {" | ".join(cells)} |')
+    return '\n'.join(lines)
