@@ -34,7 +34,7 @@ find_python() {
 # and for each finished extra a file with what it was installed from.
 use_venv() {
     local extra missing='' key host
-    key=$(echo "$root"; cat "$root/pyproject.toml")
+    key=$(echo "$root"; cat "$root/pyproject.toml" "$root/timm_senetv2_autoload.py")
     for extra in "$@"; do
         [ "$(cat "$state/$extra" 2>/dev/null)" = "$key" ] || missing=yes
     done

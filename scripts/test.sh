@@ -17,17 +17,18 @@ ready.
 EOF
 }
 
-slow=' and not slow' integration=' and not integration' models=--fast
+slow=' and not slow' integration=' and not integration' extra='' models=--fast
 for argument in "$@"; do
     case $argument in
         --slow) slow='' models='' ;;
-        --integration) integration='' ;;
+        --integration) integration='' extra=integration ;;
         -h | --help) usage; exit ;;
         *) fail "unknown argument $argument; bash scripts/test.sh --help says which there are" ;;
     esac
 done
 
-use_venv hub train export experiments test
+# shellcheck disable=SC2086
+use_venv hub train export experiments test $extra
 cd "$root"
 export OMP_NUM_THREADS=1  # two processes side by side are faster than two threads in one
 "$python" -m ruff check .

@@ -59,7 +59,7 @@ def push(
         token: In place of the one huggingface_hub finds.
         endpoint: The Hub's address, in place of huggingface_hub's.
         attempts: Tries of each step while the Hub is overloaded or out of reach.
-        wait: Seconds after the first failed try; doubles with each, and a longer wish of the Hub's is obeyed.
+        wait: Seconds after the first failed try; doubles with each, and a longer Retry-After takes precedence.
 
     Raises:
         UserError: What failed and what to do about it.

@@ -7,6 +7,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 _MODULE_CALL = nn.Module.__call__
+_METHODS = frozenset({'forward', '_conv_forward', 'squeeze', 'gate', 'scale'})
 _ORDINARY = (nn.Parameter, torch.Tensor, type(None))
 
 
@@ -54,7 +55,7 @@ def is_plain(module: nn.Module | None, cls: type[nn.Module], forward: object) ->
     own = module.__dict__
     return (
         cls.forward is forward
-        and 'forward' not in own
+        and _METHODS.isdisjoint(own)  # none of them is replaced in this instance
         and not (own['_forward_hooks'] or own['_forward_pre_hooks'])
         and not (own['_backward_hooks'] or own['_backward_pre_hooks'])
         and all(type(t) in _ORDINARY for t in (*own['_parameters'].values(), *own['_buffers'].values()))

@@ -1,5 +1,6 @@
 """timm's residual blocks with SaE: timm's own forward, or the fused tail where nobody can tell the two apart."""
 
+import copy
 from functools import wraps
 from typing import Any
 
@@ -36,8 +37,8 @@ class SaEBasicBlock(BasicBlock):
     @torch.jit.ignore
     def reparameterize(self) -> None:
         """Fold each norm into the conv before it, for inference; `timm.models.reparameterize_model` calls it."""
-        self.bn1 = _fold_norm(self.conv1, self.bn1)
-        self.bn2 = _fold_norm(self.conv2, self.bn2)
+        self.conv1, self.bn1 = _fold_norm(self.conv1, self.bn1)
+        self.conv2, self.bn2 = _fold_norm(self.conv2, self.bn2)
         _fold_shortcut_norm(self.downsample)
 
 
@@ -65,9 +66,9 @@ class SaEBottleneck(Bottleneck):
     @torch.jit.ignore
     def reparameterize(self) -> None:
         """Fold each norm into the conv before it, for inference; `timm.models.reparameterize_model` calls it."""
-        self.bn1 = _fold_norm(self.conv1, self.bn1)
-        self.bn2 = _fold_norm(self.conv2, self.bn2)
-        self.bn3 = _fold_norm(self.conv3, self.bn3)
+        self.conv1, self.bn1 = _fold_norm(self.conv1, self.bn1)
+        self.conv2, self.bn2 = _fold_norm(self.conv2, self.bn2)
+        self.conv3, self.bn3 = _fold_norm(self.conv3, self.bn3)
         _fold_shortcut_norm(self.downsample)
 
 
@@ -79,20 +80,21 @@ def _require_sae(block: nn.Module) -> None:
         )
 
 
-def _fold_norm(conv: Any, norm: Any) -> Any:
-    """Fold the norm into the conv, in place. Returns what takes the norm's place: itself where it cannot be folded."""
+def _fold_norm(conv: Any, norm: Any) -> tuple[nn.Module, nn.Module]:
+    """A conv with the norm folded in, and what takes the norm's place; the two as they are where that cannot be."""
     norms = (nn.BatchNorm2d, nn.SyncBatchNorm)
     if not is_plain(conv, nn.Conv2d, nn.Conv2d.forward) or not any(is_plain(norm, cls, cls.forward) for cls in norms):
-        return norm  # somebody else takes part in what they compute
+        return conv, norm  # somebody else takes part in what they compute
     if norm.running_mean is None:
-        return norm
+        return conv, norm
+    conv = copy.deepcopy(conv)  # another block may share it
     conv.weight, conv.bias = fuse_conv_bn_weights(
         conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     )
-    return nn.Identity()
+    return conv, nn.Identity().train(norm.training)
 
 
 def _fold_shortcut_norm(downsample: nn.Module | None) -> None:
     """Fold a norm into the conv before it in timm's shortcuts: (conv, norm) or (pool, conv, norm)."""
     if isinstance(downsample, nn.Sequential) and len(downsample) > 1:
-        downsample[-1] = _fold_norm(downsample[-2], downsample[-1])
+        downsample[-2], downsample[-1] = _fold_norm(downsample[-2], downsample[-1])

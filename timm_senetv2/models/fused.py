@@ -48,7 +48,7 @@ def may_fuse(block: Any, x: torch.Tensor, conv: nn.Module, norm: Any) -> bool:
     else:
         worthwhile = (
             not torch.is_grad_enabled()
-            and not norm.training
+            and not (norm.training and type(norm) is not nn.Identity)
             and not is_observed()  # before the next lines, which whoever observes would see
             and x.is_cpu
             and (x.numel() >= _WORTHWHILE or type(norm) is nn.Identity)
@@ -106,7 +106,8 @@ def fused_tail(block: Any, x: torch.Tensor, shortcut: torch.Tensor, conv: Any, n
         s = block.drop_path(s)  # a sample's branch is dropped by its gate
     if block.downsample is not None:
         shortcut = block.downsample(shortcut)
-    shortcut = shortcut.expand_as(y)  # timm adds in place, so this must fit y and not the reverse
+    if shortcut.shape != y.shape:  # timm adds in place: the shortcut may be broadcast to the branch, not the reverse
+        shortcut = torch.zeros_like(y).add_(shortcut)
 
     if torch.compiler.is_compiling():
         out = y.to(dtype)
@@ -134,13 +135,15 @@ def _nchw(per_channel: torch.Tensor) -> torch.Tensor:
 
 def _channel_means(x: torch.Tensor, y: torch.Tensor, conv: nn.Conv2d, dtype: torch.dtype) -> torch.Tensor:
     """The channel means of y = conv(x), (N, C): from those of x where that reads less, and where it is exact."""
-    pixels = y.shape[0] * y.shape[2] * y.shape[3]
+    pixels = y.shape[2] * y.shape[3]
+    if not torch.compiler.is_compiling():  # a comparison with the batch would be a guard on it
+        pixels *= y.shape[0]
     commutes = conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
     if not commutes or pixels <= conv.in_channels:  # then y is no larger than the conv's weight
         return y.mean((2, 3), dtype=dtype)
     z = x.mean((2, 3), dtype=dtype)
     weight, bias = conv.weight.view(conv.out_channels, -1), conv.bias
-    if z.dtype == weight.dtype:
+    if z.dtype == weight.dtype == y.dtype:
         return F.linear(z, weight, bias)
     with torch.autocast(y.device.type, enabled=False):  # it would round the means
         return F.linear(z, weight.to(dtype), None if bias is None else bias.to(dtype))
