@@ -18,7 +18,8 @@ def clone(tmp_path) -> Path:
     """A clone, as far as the scripts look at it, with a Python that writes down how it is called."""
     clone = tmp_path / 'a [b] $c'
     shutil.copytree(ROOT / 'scripts', clone / 'scripts', ignore=shutil.ignore_patterns('__pycache__'))
-    shutil.copy(ROOT / 'pyproject.toml', clone)
+    for name in ('pyproject.toml', 'timm_senetv2_autoload.py'):
+        shutil.copy(ROOT / name, clone)
     python = clone / '.venv' / 'bin' / 'python'
     python.parent.mkdir(parents=True)
     python.write_text(RECORDER)
