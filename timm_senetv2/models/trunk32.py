@@ -194,9 +194,9 @@ class Trunk32(nn.Module):
             for name in STAGES:
                 x = self._checkpointed(getattr(self, name), x)
         else:
-            x = self.layer1(x)  # type: ignore[operator]  # added by name
-            x = self.layer2(x)  # type: ignore[operator]  # added by name
-            x = self.layer3(x)  # type: ignore[operator]  # added by name
+            x = self.layer1(x)
+            x = self.layer2(x)
+            x = self.layer3(x)
         return x
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
