@@ -17,11 +17,11 @@ ready.
 EOF
 }
 
-slow=' and not slow' integration=' and not integration' extra='' models=--fast
+slow='not slow' integration='not integration' extra='' models=--fast
 for argument in "$@"; do
     case $argument in
-        --slow) slow='' models='' ;;
-        --integration) integration='' extra=integration ;;
+        --slow) slow='(slow or not slow)' models='' ;;
+        --integration) integration='(integration or not integration)' extra=integration ;;
         -h | --help) usage; exit ;;
         *) fail "unknown argument $argument; bash scripts/test.sh --help says which there are" ;;
     esac
@@ -37,4 +37,4 @@ export OMP_NUM_THREADS=1  # two processes side by side are faster than two threa
 "$python" -m mypy --config-file= --ignore-missing-imports --follow-imports=silent experiments
 # shellcheck disable=SC2086
 "$python" tests/run_timm_tests.py $models -n 2
-"$python" -m pytest -q -m "True$slow$integration" -n 2 --dist loadscope  # last, so that its closing line is
+"$python" -m pytest -q -m "$slow and $integration" -n 2 --dist loadscope  # last, so that its closing line is

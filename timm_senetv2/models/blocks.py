@@ -80,7 +80,7 @@ def _require_sae(block: nn.Module) -> None:
         )
 
 
-def _fold_norm(conv: Any, norm: Any) -> tuple[nn.Module, nn.Module]:
+def _fold_norm(conv: Any, norm: Any) -> tuple[Any, Any]:
     """A conv with the norm folded in, and what takes the norm's place; the two as they are where that cannot be."""
     norms = (nn.BatchNorm2d, nn.SyncBatchNorm)
     if not is_plain(conv, nn.Conv2d, nn.Conv2d.forward) or not any(is_plain(norm, cls, cls.forward) for cls in norms):
