@@ -90,16 +90,24 @@ def fused_tail(block: Any, x: torch.Tensor, shortcut: torch.Tensor, conv: Any, n
         (N, C, H, W), in the dtype of the conv's output and in memory of its own.
     """
     y = conv(x)
+    compiling = torch.compiler.is_compiling()
     dtype = torch.promote_types(y.dtype, torch.float32)  # half precision would lose the digits of factors and means
+    out = y.to(dtype) if compiling else y  # once: the gradients of two casts would each be rounded
     has_norm = type(norm) is nn.BatchNorm2d
-    if norm.training and has_norm:
-        shift, a, b, z = _normalize_batch(y, norm, dtype)
+    if has_norm and norm.training:
+        out, a, b, z = _normalize_batch(out, norm)
+    elif has_norm:
+        shift, b = norm.running_mean.to(dtype), norm.bias
+        a = torch.rsqrt(norm.running_var.to(dtype) + norm.eps) * norm.weight
+        if compiling:
+            out = out - _nchw(shift)
+        if torch.is_grad_enabled():  # the gradients need more digits than the output
+            z = out.mean((2, 3))
+        else:
+            z = _channel_means(x, y, conv, dtype) - shift
+        z = torch.addcmul(b, z, a)
     else:
         z = _channel_means(x, y, conv, dtype)
-        if has_norm:
-            shift, b = norm.running_mean, norm.bias
-            a = torch.rsqrt(norm.running_var.to(dtype) + norm.eps) * norm.weight
-            z = torch.addcmul(b, z - shift, a)
 
     s = block.se.scale(z.to(y.dtype))
     if block.drop_path is not None:
@@ -109,11 +117,10 @@ def fused_tail(block: Any, x: torch.Tensor, shortcut: torch.Tensor, conv: Any, n
     if shortcut.shape != y.shape:  # timm adds in place: the shortcut may be broadcast to the branch, not the reverse
         shortcut = torch.zeros_like(y).add_(shortcut)
 
-    if torch.compiler.is_compiling():
-        out = y.to(dtype)
-        if has_norm:  # y - shift first: with large means the products would cancel
+    if compiling:
+        if has_norm:
             scale, offset = torch.stack((a * s, b * s)).unbind()  # else Inductor computes both for each pixel
-            out = (out - _nchw(shift)) * _nchw(scale) + _nchw(offset)
+            out = out * _nchw(scale) + _nchw(offset)
         else:
             out = out * _nchw(s)
         return (out + shortcut).to(y.dtype)
@@ -143,29 +150,31 @@ def _channel_means(x: torch.Tensor, y: torch.Tensor, conv: nn.Conv2d, dtype: tor
         return y.mean((2, 3), dtype=dtype)
     z = x.mean((2, 3), dtype=dtype)
     weight, bias = conv.weight.view(conv.out_channels, -1), conv.bias
-    if z.dtype == weight.dtype == y.dtype:
+    if weight.dtype == dtype and not torch.is_autocast_enabled(y.device.type):
         return F.linear(z, weight, bias)
     with torch.autocast(y.device.type, enabled=False):  # it would round the means
         return F.linear(z, weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
-def _normalize_batch(
-    y: torch.Tensor, norm: Any, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """BatchNorm in training, its buffers too: shift, a and b, (C,), and the channel means after it, (N, C)."""
-    count = y.numel() // y.shape[1]
+def _normalize_batch(y: torch.Tensor, norm: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """BatchNorm in training, its buffers too: y less its mean, a and b, (C,), for that, and the channel means, (N, C)."""
+    n, _, h, w = y.shape
+    count = n * h * w
     if count == 1:
         norm(y)  # raises
-    var_n, mean_n = torch.var_mean(y.to(dtype), (2, 3), correction=0)
+    # Any value of the channel will do: without it, means much larger than deviations would cost digits
+    shift = y[0, :, h // 2, w // 2].detach()
+    y = y - _nchw(shift)
+    var_n, mean_n = torch.var_mean(y, (2, 3), correction=0)
     mean = mean_n.mean(0)
     var = (var_n + (mean_n - mean).square()).mean(0)
     with torch.no_grad():
         norm.num_batches_tracked.add_(1)
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-        norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), norm.momentum)
+        for running, of_batch in (norm.running_mean, mean + shift), (norm.running_var, var * (count / (count - 1))):
+            running.mul_(1 - norm.momentum).add_(of_batch.to(running.dtype), alpha=norm.momentum)
     a = norm.weight * torch.rsqrt(var + norm.eps)
-    shift = mean.detach()  # so that its gradient is of (C,) and no sum over y
-    return shift, a, norm.bias + (shift - mean) * a, (mean_n - mean) * a + norm.bias
+    constant = mean.detach()  # so that the gradient of the mean is of (C,), and no sum over y
+    return y - _nchw(constant), a, norm.bias + (constant - mean) * a, (mean_n - mean) * a + norm.bias
 
 
 def _normalize_and_scale_(y: torch.Tensor, norm: Any, s: torch.Tensor) -> None:
