@@ -34,7 +34,7 @@ pytestmark = [
 MODEL = 'cifar_senetv2_resnet20'
 CLASSES = 3
 EACH = {'train': 16, 'validation': 4}  # images of a class
-EPOCHS = 12
+EPOCHS, LONG = 12, 40  # the long one must not end before another agent has started
 PATIENCE = 600.0  # seconds for anything to happen; a busy machine takes a minute to start two processes
 
 
@@ -95,15 +95,15 @@ def children(pid: int) -> list[int]:
 class Job:
     """A training by several agents that share an output folder and write a log each."""
 
-    def __init__(self, tmp_path: Path, nnodes: str, data: list[str]) -> None:
-        self.folder, self.run = tmp_path, tmp_path / 'output' / 'run'
+    def __init__(self, tmp_path: Path, nnodes: str, data: list[str], epochs: int) -> None:
+        self.folder, self.run, self.nnodes = tmp_path, tmp_path / 'output' / 'run', nnodes
         self.agents: list[subprocess.Popen] = []
         self.command = [
             *(sys.executable, '-m', 'torch.distributed.run', '--nnodes', nnodes, '--nproc_per_node', '1'),
             *('--rdzv_backend', 'c10d', '--rdzv_endpoint', f'127.0.0.1:{free_port()}', '--rdzv_id', 'run'),
             *('--rdzv_conf', f'join_timeout={PATIENCE:.0f},last_call_timeout=2', '--local_addr', '127.0.0.1'),
             *('--max_restarts', '5', '--monitor_interval', '0.5', '-m', 'timm_senetv2', 'train', *data),
-            *('--model', MODEL, '--num-classes', str(CLASSES), '--epochs', str(EPOCHS), '--batch-size', '12'),
+            *('--model', MODEL, '--num-classes', str(CLASSES), '--epochs', str(epochs), '--batch-size', '12'),
             *('--device', 'cpu', '--workers', '1', '--sched', 'constant', '--warmup-epochs', '0', '--lr', '0.01'),
             *('--output', str(self.run.parent), '--experiment', self.run.name, '--resume', 'auto'),
         ]
@@ -111,6 +111,8 @@ class Job:
     def start_agent(self) -> subprocess.Popen:
         with (self.folder / f'agent{len(self.agents)}.log').open('w') as log:
             environment = dict(os.environ, OMP_NUM_THREADS='1', GLOO_SOCKET_IFNAME='lo', PYTHONUNBUFFERED='1')
+            if ':' in self.nnodes:  # else agents that were there before do not tell a new one where the store is
+                environment['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1'
             agent = subprocess.Popen(
                 self.command, stdout=log, stderr=log, env=environment, cwd=self.folder, start_new_session=True
             )
@@ -155,11 +157,11 @@ class Job:
 
 
 @pytest.fixture
-def start(tmp_path) -> Iterator[Callable[[str, list[str]], Job]]:
+def start(tmp_path) -> Iterator[Callable[[str, list[str], int], Job]]:
     jobs: list[Job] = []
 
-    def start(nnodes: str, data: list[str]) -> Job:
-        jobs.append(Job(tmp_path, nnodes, data))
+    def start(nnodes: str, data: list[str], epochs: int) -> Job:
+        jobs.append(Job(tmp_path, nnodes, data, epochs))
         return jobs[-1]
 
     yield start
@@ -176,7 +178,7 @@ def worker_of(agent: subprocess.Popen) -> int:
 
 @pytest.mark.parametrize('write', [write_folder, write_shards], ids=['image folder', 'webdataset shards'])
 def test_two_agents_go_on_after_a_worker_was_killed(write, start, tmp_path, hub_server):
-    job = start('2', write(tmp_path / 'images'))
+    job = start('2', write(tmp_path / 'images'), EPOCHS)
     agents = [job.start_agent(), job.start_agent()]
     job.wait(lambda: job.checkpoint() >= 1, 'a second checkpoint')
     os.kill(worker_of(agents[1]), signal.SIGKILL)
@@ -207,7 +209,7 @@ def test_two_agents_go_on_after_a_worker_was_killed(write, start, tmp_path, hub_
 
 
 def test_elastic_job_takes_in_an_agent_and_goes_on_without_it(start, tmp_path):
-    job = start('1:2', write_folder(tmp_path / 'images'))
+    job = start('1:2', write_folder(tmp_path / 'images'), LONG)
     first = job.start_agent()
     job.wait(lambda: job.checkpoint() >= 0, 'a checkpoint of one agent')
     assert 'total 2' not in job.log()
@@ -220,5 +222,5 @@ def test_elastic_job_takes_in_an_agent_and_goes_on_without_it(start, tmp_path):
             os.kill(pid, signal.SIGKILL)
     reached = job.checkpoint()
     job.finish([first])
-    assert reached < EPOCHS - 1, 'the job had ended before the second agent was killed: give it more epochs'
-    assert list(dict.fromkeys(job.epochs())) == list(range(EPOCHS)) and job.checkpoint() == EPOCHS - 1
+    assert reached < LONG - 1, 'the job had ended before the second agent was killed: give it more epochs'
+    assert list(dict.fromkeys(job.epochs())) == list(range(LONG)) and job.checkpoint() == LONG - 1
