@@ -7,7 +7,6 @@ results/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv), ten of whose rows are
 model against all of them. Where results/benchmark_cuda.csv has the model and the GPU, the measured figure is taken.
 """
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +17,8 @@ from timm.layers import SEModule
 from timm_senetv2.errors import UserError, did_you_mean
 from timm_senetv2.layers import SqueezeAggregatedExcitation
 from timm_senetv2.profile import count
+
+from .files import read_csv
 
 # Passes over the outputs of the convs in a training step with autocast, channels-last, without a compiler: about what
 # the rows below give for their models, without attention and with SE
@@ -127,15 +128,14 @@ def measured(name: str, gpu: Gpu, compiled: bool, path: Path) -> float | None:
     """Images a second in training as benchmark.py measured them, the largest batch; None where it did not."""
     if not path.exists():
         return None
-    with path.open(newline='', encoding='utf-8') as file:
-        rows = [
-            row
-            for row in csv.DictReader(file)
-            if row['contestant'] == name
-            and gpu.name in row['machine']
-            and row['training'] == 'True'
-            and row['runtime'] == ('compiled' if compiled else 'eager')
-        ]
+    rows = [
+        row
+        for row in read_csv(path)
+        if row['contestant'] == name
+        and gpu.name in row['machine']
+        and row['training'] == 'True'
+        and row['runtime'] == ('compiled' if compiled else 'eager')
+    ]
     return max((float(row['images_per_s']) for row in rows), default=None)
 
 

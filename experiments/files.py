@@ -55,6 +55,12 @@ def write_text(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a file with column names on top."""
+    with path.open(newline='', encoding='utf-8') as file:
+        return list(csv.DictReader(file))
+
+
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows that have a value for each column."""
     text = io.StringIO()

@@ -1,7 +1,8 @@
 """The tables of results/integrations.csv, which the integration tests write."""
 
-import csv
 from pathlib import Path
+
+from .files import read_csv
 
 RESULTS = Path(__file__).parents[1] / 'results' / 'integrations.csv'
 CONVERTED = ('senetv2_resnet50', 'senetv2_resnet50, reparameterized', 'seresnet50')
@@ -9,8 +10,7 @@ CONVERTED = ('senetv2_resnet50', 'senetv2_resnet50, reparameterized', 'seresnet5
 
 def integrations(kind: str) -> str:
     """What was found with the libraries of a kind, 'converter' or 'consumer', as a Markdown table."""
-    with RESULTS.open(newline='', encoding='utf-8') as file:
-        rows = [row for row in csv.DictReader(file) if row['kind'] == kind]
+    rows = [row for row in read_csv(RESULTS) if row['kind'] == kind]
     if kind == 'consumer':
         lines = ['| Library | Version | Call | Model | Result |', '|---|---|---|---|---|']
         lines += [

@@ -4,7 +4,6 @@ A region is everything between a line `<!-- docs.py: GENERATOR ARGUMENT … -->`
 generators are the functions of `GENERATORS`; what they return stands in the region.
 """
 
-import csv
 import re
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -14,9 +13,11 @@ from timm_senetv2 import catalog
 from timm_senetv2.errors import UserError, did_you_mean
 
 from . import tables
+from .benchmark import imports as benchmark_imports
 from .benchmark import report
 from .benchmark.suite import BESIDE, TRIOS
-from .files import read_results
+from .files import read_csv, read_results
+from .integrations import integrations
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / 'results'
@@ -72,11 +73,6 @@ def absolute(text: str, repository: str, ref: str) -> str:
     outside = re.split(r'(^```.*?^```$)', text, flags=re.M | re.S)
     outside[::2] = [re.sub(r'(!?)\[([^\]]*)\]\((?!https?:|#)([^)\s]+)\)', link, part) for part in outside[::2]]
     return ''.join(outside)
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline='', encoding='utf-8') as file:
-        return list(csv.DictReader(file))
 
 
 @cache
@@ -168,7 +164,7 @@ def families() -> str:
         '| Refused where |',
         '|---|--:|--:|---|--:|--:|--:|---|',
     ]
-    for row in read(RESULTS / 'lift_families.csv'):
+    for row in read_csv(RESULTS / 'lift_families.csv'):
         compared = f'`{row["compared"]}`' if row['compared'] else ''
         lines.append(
             f'| `{row["family"]}` | {row["models_with_se"]} | {row["lifted"]} | {compared} '
@@ -184,7 +180,7 @@ def attention() -> str:
         '| Family | Models | Without attention | Added | Compared | Equal: inference | training | Refused where |',
         '|---|---|--:|--:|---|---|---|---|',
     ]
-    for row in read(RESULTS / 'attention_families.csv'):
+    for row in read_csv(RESULTS / 'attention_families.csv'):
         compared = f'`{row["compared"]}`' if row['compared'] else ''
         lines.append(
             f'| `{row["family"]}` | `{row["models"]}` | {row["without_attention"]} | {row["added"]} | {compared} '
@@ -195,7 +191,7 @@ def attention() -> str:
 
 @cache
 def _benchmark(name: str) -> list[dict[str, str]]:
-    return read(RESULTS / f'benchmark_{name}.csv')
+    return read_csv(RESULTS / f'benchmark_{name}.csv')
 
 
 def speed(name: str, *words: str) -> str:
@@ -206,13 +202,8 @@ def speed(name: str, *words: str) -> str:
 
 
 def imports() -> str:
-    """What registering the models adds to the imports."""
-    rows = _benchmark('imports')
-    by_module: dict[str, list[dict[str, str]]] = {}
-    for row in rows:
-        by_module.setdefault(row['experiment'], []).append(row)
-    parts = [report.experiment_table(mine) for mine in by_module.values()]
-    return '\n\n'.join([*parts, report.measured_with(rows)])
+    """What registering the models takes, at the end of the imports of torch and timm."""
+    return benchmark_imports.table(RESULTS / 'benchmark_imports.csv')
 
 
 def runs(name: str, baseline: str) -> str:
@@ -227,7 +218,7 @@ def weights() -> str:
     """The weights that the package carries, and the accuracies of the runs they come from."""
     results = {row['run']: row for row in read_results(RESULTS / 'runs' / 'fmnist')[0]}
     lines = ['| Tag | Fashion-MNIST, % of the test images | Parameters |', '|---|--:|--:|']
-    for row in read(RESULTS / 'fmnist_weights.csv'):
+    for row in read_csv(RESULTS / 'fmnist_weights.csv'):
         run = results[row['run']]
         lines.append(f'| `{row["tag"]}` | {float(run["accuracy"]):.2f} | {int(run["parameters"]):,} |')
     return '\n'.join(lines)
@@ -235,5 +226,5 @@ def weights() -> str:
 
 GENERATORS: dict[str, Callable[..., str]] = {
     generator.__name__: generator
-    for generator in (attention, families, imports, models, runs, speed, summary, tags, weights)
+    for generator in (attention, families, imports, integrations, models, runs, speed, summary, tags, weights)
 }

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for a package that is installed, and not as editable
 
-from experiments.benchmark import report, suite  # noqa: E402
+from experiments.benchmark import imports, report, suite  # noqa: E402
 from experiments.benchmark.contestants import (  # noqa: E402
     COMPILE_MODES,
     DTYPES,
@@ -71,7 +71,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--imports',
         action='store_true',
-        help='measure instead what registering the models adds to `import torch` and `import timm`',
+        help='measure instead what registering the models takes at the end of `import torch` and `import timm`; of the '
+        'other options only --rounds, --quick, --out and --name apply; the file is benchmark_NAME.csv',
     )
     parser.add_argument(
         '--models',
@@ -171,8 +172,6 @@ def chosen(args: argparse.Namespace) -> list[suite.Experiment]:
         by_title = {e.title: e for e in experiments if e.setting.runtime not in absent}  # --quick makes batches equal
         return list(by_title.values())
     rounds = 3 if args.quick else args.rounds
-    if args.imports:
-        return [suite.import_experiment(module, rounds) for module in ('torch', 'timm')]
     specs = list(dict.fromkeys(args.models))
     baselines = args.baseline or specs[:1]
     for name in baselines:
@@ -192,16 +191,21 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault('KINETO_LOG_LEVEL', '6')  # else torch's profiler talks of its own start and stop
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise UserError('torch finds no CUDA device here; leave out --device cuda, or run where there is a GPU')
+    words = sys.argv[1:] if argv is None else argv
+    command = shlex.join(['python', 'scripts/benchmark.py', *(word for word in words if word != '--resume')])
+    if args.imports:
+        path = Path(args.out, f'benchmark_{args.name or "imports"}.csv')
+        imports.write(imports.measure(3 if args.quick else args.rounds, command), path)
+        print(f'{imports.table(path)}\n\nwrote {path}')
+        return
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True  # as timm's benchmark.py: the sizes never change
     experiments = chosen(args)
     whole = suite.suite(args.device, args.quick).values() if args.suite is not None else [experiments]
-    name = args.name or (args.device if args.suite is not None else 'imports' if args.imports else 'custom')
+    name = args.name or (args.device if args.suite is not None else 'custom')
     files = report.Files(Path(args.out), name, [e.title for part in whole for e in part])
     done = files.load() if args.resume else set()
-    words = sys.argv[1:] if argv is None else argv
-    command = shlex.join(['python', 'scripts/benchmark.py', *(word for word in words if word != '--resume')])
     experiments = [e for e in experiments if e.title not in done]
     for experiment in tqdm(experiments, desc='experiments', disable=len(experiments) == 1 or None):
         try:

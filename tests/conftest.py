@@ -26,3 +26,14 @@ def hub_server() -> Iterator[HubServer]:
     """A Hub without repositories and tokens, at `hub_server.url`."""
     with HubServer() as server:
         yield server
+
+
+@pytest.fixture
+def tails(monkeypatch) -> list[torch.nn.Module]:
+    """The blocks whose fused tail ran eagerly."""
+    from timm_senetv2.models import blocks  # here, for most tests need none, and some look at what is imported
+
+    ran = []
+    tail = blocks.fused_tail
+    monkeypatch.setattr(blocks, 'fused_tail', lambda block, *args: ran.append(block) or tail(block, *args))
+    return ran

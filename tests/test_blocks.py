@@ -16,6 +16,8 @@ from block_pairs import (
     SAE,
     WIDTH,
     assert_same,
+    both_blocks,
+    both_modes,
     build,
     images,
     last,
@@ -40,8 +42,6 @@ from timm_senetv2.layers import SqueezeAggregatedExcitation
 from timm_senetv2.models import blocks, fused
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*torch.jit:FutureWarning', 'ignore:.*torch.jit:DeprecationWarning')
-both_blocks = pytest.mark.parametrize('cls', BLOCKS)
-both_modes = pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
 PARTS = [
     'conv1', 'bn1', 'act1', 'conv2', 'bn2', 'act2', 'conv3', 'bn3', 'act3', 'drop_block', 'aa', 'drop_path',
     'se', 'se.fc1', 'se.act', 'se.fc2', 'se.gate_act', 'downsample', 'downsample.0', 'downsample.1',
@@ -52,15 +52,6 @@ PARTS = [
 def fuse_small_inputs(monkeypatch) -> None:
     """So that the fused tail is taken wherever nothing else forbids it."""
     monkeypatch.setattr(fused, '_WORTHWHILE', 0)
-
-
-@pytest.fixture
-def tails(monkeypatch) -> list[nn.Module]:
-    """The blocks whose fused tail ran."""
-    ran = []
-    tail = blocks.fused_tail
-    monkeypatch.setattr(blocks, 'fused_tail', lambda block, *args: ran.append(block) or tail(block, *args))
-    return ran
 
 
 def result_of(action: Callable, block: nn.Module, x: torch.Tensor):

@@ -1,6 +1,5 @@
 """scripts/docs.py and experiments/markdown.py: the generated regions of the Markdown files."""
 
-import csv
 import re
 from pathlib import Path
 
@@ -9,15 +8,11 @@ import timm
 
 import docs
 from experiments import markdown
+from experiments.files import read_csv
 from timm_senetv2.errors import UserError, run
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / 'timm_senetv2' / 'weights'
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline='') as file:
-        return list(csv.DictReader(file))
 
 
 def cells(table: str) -> dict[str, list[str]]:
@@ -87,7 +82,7 @@ def test_accuracies_are_those_of_the_sources():
     published = {
         f'{row["model"]}.{kind}_{row["source_on_the_hub"].split(".")[1]}': row
         for kind, name in (('se', 'lift_sources.csv'), ('plain', 'plain_sources.csv'))
-        for row in read(WEIGHTS / name)
+        for row in read_csv(WEIGHTS / name)
     }
     table = cells(markdown.tags())
     assert set(table) == set(published)
@@ -98,9 +93,9 @@ def test_accuracies_are_those_of_the_sources():
 
 
 def test_accuracies_of_our_weights_are_those_of_the_runs_they_come_from():
-    runs = {row['run']: row for row in read(ROOT / 'results/runs/fmnist/results.csv')}
+    runs = {row['run']: row for row in read_csv(ROOT / 'results/runs/fmnist/results.csv')}
     table = cells(markdown.weights())
-    rows = read(ROOT / 'results/fmnist_weights.csv')
+    rows = read_csv(ROOT / 'results/fmnist_weights.csv')
     assert len(rows) == len(table) == 3
     for row in rows:
         run = runs[row['run']]
@@ -109,7 +104,7 @@ def test_accuracies_of_our_weights_are_those_of_the_runs_they_come_from():
 
 
 def test_speeds_are_those_of_the_benchmark():
-    rows = read(ROOT / 'results/benchmark_cpu.csv')
+    rows = read_csv(ROOT / 'results/benchmark_cpu.csv')
     text = markdown.speed('cpu', 'channels-last')
     found = re.findall(r'^\| ((?:inference|training step), .*?channels-last.*?) \| (.*) \|$', text, flags=re.M)
     names = re.findall(r'`([^`]*)`', text.splitlines()[0])

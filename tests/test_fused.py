@@ -8,24 +8,23 @@ from functools import partial
 
 import pytest
 import torch
-from block_pairs import BLOCKS, SAE, WIDTH, assert_same, build, images, last, run, twin_of
+from block_pairs import (
+    SAE,
+    WIDTH,
+    assert_same,
+    both_blocks,
+    both_modes,
+    build,
+    images,
+    last,
+    run,
+    twin_of,
+)
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 from timm_senetv2.models import blocks, fused
-
-both_blocks = pytest.mark.parametrize('cls', BLOCKS)
-both_modes = pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
-
-
-@pytest.fixture
-def tails(monkeypatch) -> list[nn.Module]:
-    """The blocks whose fused tail ran eagerly."""
-    ran = []
-    tail = blocks.fused_tail
-    monkeypatch.setattr(blocks, 'fused_tail', lambda block, *args: ran.append(block) or tail(block, *args))
-    return ran
 
 
 class Graphs:

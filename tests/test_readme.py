@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / 'README.md'
 PAGES = [README, *sorted((ROOT / 'docs').glob('*.md')), ROOT / 'results' / 'README.md', ROOT / 'results' / 'lift.md']
 ONLINE = '<!-- needs the network -->'
-LAUNCHERS = ('timm-senetv2', '-m timm_senetv2', 'scripts/', 'python -m experiments')
+LAUNCHERS = ('timm-senetv2', '-m timm_senetv2', 'scripts/')
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -63,9 +63,6 @@ def test_command_and_its_options_exist(command):
         text = help_of(sys.executable, '-m', 'timm_senetv2', subcommand)
         if subcommand == 'train':
             return  # all but a few options are timm's; the recipes have tests of their own
-    elif 'experiments' in command and '-m' in words:
-        module = words[words.index('-m') + 1]
-        text, arguments = help_of(sys.executable, '-m', module), words[words.index('-m') + 2 :]
     else:
         start = next(i for i, word in enumerate(words) if word.startswith('scripts/'))
         script, arguments = words[start], words[start + 1 :]

@@ -1,11 +1,11 @@
 """The models of this package as rows: sizes, and the tags of their pretrained weights with their accuracies."""
 
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import timm
 from timm.models import get_pretrained_cfg, model_entrypoint, split_model_name_tag
+from timm.utils import natural_key
 from torch import nn
 
 from . import register
@@ -45,7 +45,7 @@ class Model(NamedTuple):
 def names(pattern: str | list[str] = '') -> list[str]:
     """The names of this package's models that match one of timm's wildcard patterns, in natural order."""
     found = timm.list_models(pattern)
-    return sorted((n for n in found if model_entrypoint(n).__module__.startswith(f'{__package__}.')), key=_natural)
+    return sorted((n for n in found if model_entrypoint(n).__module__.startswith(f'{__package__}.')), key=natural_key)
 
 
 def tags(name: str) -> list[str]:
@@ -98,7 +98,3 @@ def _model(name: str) -> Model:
         rows.append(Tag(tag, tag == default, cfg.hf_hub_id, licence, source.accuracies if source else ()))
     module = model_entrypoint(name).__module__.rpartition('.')[2]
     return Model(name, module, tuple(size), classes_of(model), profile.params, profile.macs, tuple(rows))
-
-
-def _natural(name: str) -> list[str | int]:
-    return [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', name)]

@@ -230,6 +230,7 @@ def _first(keys: Iterable[str], tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def _natural(key: str) -> list[str | int]:
+    # not timm.utils.natural_key, which fails on a digit like '²' and takes names of different case for the same
     return [int(part) if part.isdecimal() else part for part in re.split(r'([0-9]+)', key)]
 
 

@@ -1,9 +1,6 @@
-"""What is measured: models as they run in training and inference, layers alone, and imports in a fresh Python."""
+"""What is measured: models as they run in training and inference, and layers alone."""
 
 import functools
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -262,47 +259,3 @@ def layer_contestant(layer: Callable, x: torch.Tensor, backward: bool) -> Contes
         torch.autograd.grad(layer(x), [x, *parameters], gradient)
 
     return Contestant(step)
-
-
-IMPORT = """
-import time
-start = time.perf_counter()
-import {module}
-seconds = time.perf_counter() - start
-import sys
-print(seconds, any(type(finder).__module__ == 'timm_senetv2_autoload' for finder in sys.meta_path))
-"""
-
-# The same work as at the end of `import torch`, or of timm.models, on the clock alone
-REGISTER = """
-import {module}
-import sys, time
-from importlib.metadata import entry_points
-entries = entry_points(group='torch.backends', name='timm_senetv2')
-start = time.perf_counter()
-for entry in entries:
-    entry.load()()
-print(time.perf_counter() - start, any(type(finder).__module__ == 'timm_senetv2_autoload' for finder in sys.meta_path))
-"""
-
-
-def import_contestant(module: str, plugin: bool, program: str = IMPORT) -> Contestant:
-    """An import in a fresh Python, with the models registered or not."""
-    environment = {k: v for k, v in os.environ.items() if not k.endswith('_AUTOLOAD')}
-    if not plugin:
-        environment['TIMM_SENETV2_AUTOLOAD'] = '0'
-    if program is REGISTER:
-        environment['TORCH_DEVICE_BACKEND_AUTOLOAD'] = '0'
-
-    def step() -> float:
-        child = subprocess.run(
-            [sys.executable, '-c', program.format(module=module)], env=environment, capture_output=True, text=True
-        )
-        if child.returncode:
-            raise UserError(f'import {module} failed: {(child.stderr.strip().splitlines() or ["no message"])[-1]}')
-        seconds, loaded = child.stdout.split()
-        if (loaded == 'True') != plugin:
-            raise UserError('torch does not load timm_senetv2; install it first: pip install -e .')
-        return float(seconds)
-
-    return Contestant(step, timed_by_step=True)

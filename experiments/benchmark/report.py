@@ -1,7 +1,6 @@
 """The files of a benchmark: tables of numbers, the same in Markdown, and a chart. All follow from the rows."""
 
 import csv
-import io
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,8 +8,8 @@ from pathlib import Path
 import matplotlib
 
 from timm_senetv2.errors import UserError
-from timm_senetv2.files import write_atomically
 
+from ..files import write_csv, write_text
 from .suite import BESIDE, Row
 
 matplotlib.use('Agg')
@@ -100,23 +99,14 @@ class Files:
         written = []
         for part, columns in self.columns.items():
             if self.rows[part]:
-                text = io.StringIO()
-                writer = csv.DictWriter(text, columns, lineterminator='\n')
-                writer.writeheader()
-                writer.writerows(self.rows[part])
-                written.append(_write(self._path(f'{part}.csv'), text.getvalue().encode()))
-        written.append(_write(self._path('.md'), report(self.rows[''], self.rows['_kernels']).encode()))
+                write_csv(self._path(f'{part}.csv'), columns, self.rows[part])
+                written.append(self._path(f'{part}.csv').name)
+        write_text(self._path('.md'), report(self.rows[''], self.rows['_kernels']))
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / 'chart.png'
             chart(self.rows[''], file)
-            written.append(_write(self._path('.png'), file.read_bytes()))
-        return written
-
-
-def _write(path: Path, content: bytes) -> str:
-    with write_atomically(path) as temporary:
-        Path(temporary).write_bytes(content)
-    return path.name
+            write_text(self._path('.png'), file.read_bytes())
+        return [*written, self._path('.md').name, self._path('.png').name]
 
 
 def _experiments(rows: list[Row]) -> list[list[Row]]:
@@ -153,13 +143,6 @@ def speed_table(rows: list[Row], baseline: str) -> str:
 def experiment_table(rows: list[Row]) -> str:
     """Markdown: a line a contestant, its times and its ratios to each baseline."""
     title, rounds = rows[0]['experiment'], rows[0]['rounds']
-    if title.startswith('import '):
-        lines = [f'| | ms | ms more than {title} alone, round by round |', '|---|--:|--:|']
-        for row in rows:
-            more = row['difference_ms'] if row['contestant'].startswith('import ') else ''
-            lines.append(f'| {row["contestant"]} | {row["ms"]} ({row["ms_q1"]}–{row["ms_q3"]}) | {more} |')
-        return '\n'.join([f'**{title}**, {rounds} rounds', '', *lines])
-
     baselines = list(dict.fromkeys(row['baseline'] for row in rows))
     optional = [
         (name, column)
@@ -255,7 +238,6 @@ def chart(rows: list[Row], path: Path) -> None:
     shown = [e for e in _experiments(rows) if _of_models(e)] or _experiments(rows)
     shown = [[row for row in e if row['baseline'] == e[0]['baseline']] for e in shown]
     names = list(dict.fromkeys(row['contestant'] for e in shown for row in e if row['contestant'] != row['baseline']))
-    names = [name for name in names if not name.startswith('registration')] or names
     colours = {name: f'C{i % 10}' for i, name in enumerate(names)}
     figure, axis = plt.subplots(figsize=(9, 1.2 + 0.34 * len(shown)), layout='constrained')
     for i, experiment in enumerate(shown):

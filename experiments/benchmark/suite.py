@@ -13,11 +13,9 @@ from timm_senetv2.layers import ChannelAggregation, SqueezeAggregatedExcitation
 
 from .contestants import (
     LAYOUTS,
-    REGISTER,
     FourBranchSaE,
     Setting,
     compiled,
-    import_contestant,
     layer_contestant,
     model_contestant,
 )
@@ -129,20 +127,6 @@ def aggregation_experiment(channels: int, size: int, setting: Setting, rounds: i
         replace(setting, size=size),
         rounds,
         backward,
-    )
-
-
-def import_experiment(module: str, rounds: int) -> Experiment:
-    return Experiment(
-        f'import {module}',
-        Setting(batch=0, size=0),
-        lambda: {
-            f'import {module}': import_contestant(module, plugin=False),
-            f'import {module} with timm_senetv2': import_contestant(module, plugin=True),
-            f'registration after import {module}': import_contestant(module, plugin=True, program=REGISTER),
-        },
-        (f'import {module}',),
-        rounds,
     )
 
 

@@ -24,24 +24,20 @@ class Contestant:
     """A step to time.
 
     Attributes:
-        step: One step. It returns None, or with `timed_by_step` its own time in seconds, as a child process does.
+        step: One step.
         own_bytes: Bytes held between steps; None where memory is not measured.
         images: Images of a step.
         flops: Multiplications and additions of a step; 0 where they are not counted.
-        timed_by_step: Whether the step measures itself.
     """
 
     step: Callable[[], Any]
     own_bytes: Callable[[], int] | None = None
     images: int = 0
     flops: int = 0
-    timed_by_step: bool = False
 
 
 def _sample(contestant: Contestant, repeats: int, device: str) -> float:
     """Seconds of one step."""
-    if contestant.timed_by_step:
-        return contestant.step()
     if device == 'cuda':
         # Events lie in the stream's queue: they time the kernels, a CUDA graph's too, and not the return to Python
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -66,10 +62,6 @@ def measure(contestants: dict[str, Contestant], rounds: int, device: str, title:
     names = list(contestants)
     repeats = {}
     for name in tqdm(names, desc=f'{title}: warm-up', leave=False, disable=None):
-        if contestants[name].timed_by_step:
-            contestants[name].step()
-            repeats[name] = 1
-            continue
         for _ in range(3):  # compiles, allocates, records a CUDA graph
             _sample(contestants[name], 1, device)
         repeats[name] = max(1, math.ceil(SAMPLE_SECONDS / _sample(contestants[name], 1, device)))

@@ -1,6 +1,5 @@
 """Checks of other libraries: each in a fresh process, its outcome kept in results/integrations.csv."""
 
-import csv
 import importlib.util
 import json
 import os
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from timm_senetv2.files import write_atomically
+from experiments.files import read_csv, write_csv
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / 'results' / 'integrations.csv'
@@ -41,14 +40,10 @@ def record(kind: str, library: str, version: str, call: str, model: str, result:
     with FileLock(Path(tempfile.gettempdir(), 'timm-senetv2-integrations.lock')):
         rows = {}
         if RESULTS.exists():
-            with RESULTS.open(newline='', encoding='utf-8') as file:
-                rows = {_key(row): row for row in csv.DictReader(file)}
+            rows = {_key(row): row for row in read_csv(RESULTS)}
         row = dict(zip(COLUMNS, (kind, library, version, call, model, result), strict=True))
         rows[_key(row)] = row
-        with write_atomically(RESULTS) as temporary, temporary.open('w', newline='', encoding='utf-8') as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
-            writer.writeheader()
-            writer.writerows(rows[key] for key in sorted(rows))
+        write_csv(RESULTS, COLUMNS, [rows[key] for key in sorted(rows)])
 
 
 def _key(row: dict[str, str]) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
         return
     width = max(len(row.name) for row in rows)
     head = f'{"model":{width}}  pixels  params, M    GMACs  '
-    print(f'{head}pretrained tags')
+    print(f'{head}pretrained tags: top-1, % (pixels); * is the default')
     room = max(40, shutil.get_terminal_size().columns - len(head))
     for row in rows:
         sizes = f'{row.input_size[-1]:6}  {row.params / 1e6:9.2f}  {row.macs / 1e9:7.3f}'

@@ -3,6 +3,7 @@
 import copy
 from functools import partial
 
+import pytest
 import torch
 from timm.layers import BlurPool2d, DropPath
 from timm.models.resnet import BasicBlock, Bottleneck, downsample_avg, downsample_conv
@@ -14,6 +15,8 @@ from timm_senetv2.models.blocks import SaEBasicBlock, SaEBottleneck
 PLANES, WIDTH, SIZE = 8, 32, 6
 SAE = partial(SqueezeAggregatedExcitation, reduction=4, cardinality=2)
 BLOCKS = {SaEBasicBlock: BasicBlock, SaEBottleneck: Bottleneck}
+both_blocks = pytest.mark.parametrize('cls', BLOCKS)
+both_modes = pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
 CASES = {
     'identity shortcut': {},
     'stride': dict(stride=2, downsample=downsample_conv),
