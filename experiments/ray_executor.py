@@ -186,6 +186,7 @@ def _received(
             joined = True
         if what == _MADE:
             start += left.pop(content.run.name)
+            bar.update(max(0, start - bar.n))
             yield content
         bar.set_description(f'{len(runs) - len(left)} of {len(runs)} runs')
 
@@ -227,6 +228,7 @@ def _drive(connection: Connection, log: Path, cluster: Cluster, task: _Task, run
     os.dup2(output, 1)  # what Ray has to say, it says to these two
     os.dup2(output, 2)
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')  # no telemetry unless asked for
+    os.environ.setdefault('RAY_task_oom_retries', str(cluster.max_retries))  # Ray's own is without end
     os.environ.setdefault('RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO', '0')
     import ray
 
