@@ -200,6 +200,16 @@ def add_run(out: Path, row: Mapping[str, Any], curve: Sequence[Mapping[str, Any]
     write_rows(out / 'results.csv', RESULTS, [*read_rows(out / 'results.csv', RESULTS), row])
 
 
+def order_runs(out: Path, names: Sequence[str]) -> None:
+    """Put the rows of these runs, the last of the files in `out`, in this order; curves.csv first."""
+    rank = {name: i for i, name in enumerate(names)}
+    for path, columns in ((out / 'curves.csv', CURVES), (out / 'results.csv', RESULTS)):
+        rows = read_rows(path, columns)
+        ordered = sorted(rows, key=lambda row: rank.get(row['run'], -1))
+        if ordered != rows:
+            write_rows(path, columns, ordered)
+
+
 @contextmanager
 def owned(out: Path) -> Iterator[None]:
     """The folder `out`, made if need be, and written by this process alone while the block runs.

@@ -6,7 +6,8 @@ folders and returns its rows, so an executor may call it anywhere.
 
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from timm_senetv2.profile import Profile, count
 
 from .batches import Batches
 from .data import ImageData, load_dataset
-from .files import FORMAT, TOOL, Row, add_run, check_out, owned, read_results, rows_of, write_text
+from .files import FORMAT, TOOL, Row, add_run, check_out, order_runs, owned, read_results, rows_of, write_text
 from .plots import plot_accuracy, plot_curves
 from .settings import ModelSpec, Settings, parse_specs, run_id
 from .tables import page
@@ -41,7 +42,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Job:
-    """What all runs of a grid have in common; enough to make any of them in another process."""
+    """What all runs of a grid have in common."""
 
     settings: Settings
     out: Path
@@ -53,11 +54,6 @@ class Job:
     save_weights: bool = False
     keep_checkpoints: bool = False
 
-    def load(self) -> tuple[Batches, Source | None]:
-        """The images and the weights to start from."""
-        data = load_dataset(self.settings.dataset, self.data_dir, self.download, self.settings.limit)
-        return Batches(data, self.settings, self.workers), load_source(self.init) if self.init else None
-
 
 @dataclass(frozen=True)
 class Made:
@@ -68,12 +64,12 @@ class Made:
     curve: list[dict[str, Any]]
 
 
-Executor = Callable[[Sequence[Run], Job, Batches, Source | None, tqdm], Iterator[Made]]
+Executor = Callable[[Sequence[Run], Job, Batches, Source | None, tqdm], Generator[Made, None, None]]
 
 
 def one_after_the_other(
     runs: Sequence[Run], job: Job, batches: Batches, source: Source | None, bar: tqdm
-) -> Iterator[Made]:
+) -> Generator[Made, None, None]:
     """The executor that makes the runs in this process."""
     for run in runs:
         start = bar.n
@@ -193,15 +189,17 @@ def reproduce(
         finished = {row['run'] for row in results}
         left = [run for run in grid if run.name not in finished]
         epochs = sum(run.spec.settings(settings).epochs for run in grid)
-        with tqdm(
+        bar = tqdm(
             total=epochs,
             initial=epochs - sum(run.spec.settings(settings).epochs for run in left),
             unit='epoch',
             bar_format='{l_bar}{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}]',
             disable=None,
             mininterval=1,
-        ) as bar:
-            for made in executor(left, job, batches, source, bar):
+        )
+        # an executor may have tasks elsewhere to end: before the folder is anybody else's, whatever happens here
+        with bar, closing(executor(left, job, batches, source, bar)) as coming:
+            for made in coming:
                 add_run(job.out, made.row, made.curve)
                 if not job.keep_checkpoints:
                     shutil.rmtree(job.out / 'runs' / made.run.name, ignore_errors=True)
@@ -209,6 +207,7 @@ def reproduce(
                     f'{made.run.spec} seed {made.run.seed}: accuracy {float(made.row["accuracy"]):.2f} % after '
                     f'{len(made.curve)} epochs, best {float(made.row["best_accuracy"]):.2f} %'
                 )
+        order_runs(job.out, [run.name for run in left])
         return report(job.out, settings, reference)
 
 

@@ -219,11 +219,12 @@ def settings_from_text(row: dict[str, str]) -> Settings:
     return Settings(**values)
 
 
-def make_settings(args: argparse.Namespace) -> Settings:
+def make_settings(args: argparse.Namespace, trained_here: bool = True) -> Settings:
     """The settings of a command line, the protocol's numbers where it names none.
 
     Args:
         args: Has the fields of Settings, None where the command line says nothing, and `seeds` and `workers`.
+        trained_here: Whether the device must be one of this machine.
 
     Raises:
         UserError: A value out of its range; names the option.
@@ -231,7 +232,7 @@ def make_settings(args: argparse.Namespace) -> Settings:
     if args.protocol not in PROTOCOLS:
         raise UserError(f'unknown protocol {args.protocol!r}: choose {", ".join(PROTOCOLS)}')
     device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    if device == 'cuda' and not torch.cuda.is_available():
+    if device == 'cuda' and trained_here and not torch.cuda.is_available():
         raise UserError('--device cuda: torch sees no GPU; leave the option out to run on the CPU')
     protocol: dict[str, Any] = {
         key: getattr(args, key, None) if getattr(args, key, None) is not None else value

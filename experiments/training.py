@@ -85,10 +85,11 @@ def _groups(model: torch.nn.Module, settings: Settings, attention_lr: float) -> 
 
 def check_optimizer(settings: Settings) -> None:
     """Raise a UserError if the optimizer cannot be used as `train` uses it."""
-    layer = torch.nn.Linear(4, 4).to(settings.device)
+    device = settings.device if torch.cuda.is_available() else 'cpu'  # the GPUs may be those of other machines
+    layer = torch.nn.Linear(4, 4).to(device)
     try:
         optimizer, _ = make_optimizer(layer, settings, updates=1)
-        layer(torch.ones(2, 4, device=settings.device)).sum().backward()
+        layer(torch.ones(2, 4, device=device)).sum().backward()
         optimizer.step()
     except Exception as e:  # a missing package, an unfit device, a closure: each has its own
         raise UserError(f'--opt {settings.opt} cannot be used here: {one_line(e)}') from None

@@ -36,6 +36,8 @@ accuracy_vs_parameters.png, curves.png. Accuracies are in percent of the test im
 `best_accuracy` that of the best epoch on the test images, which is what the papers report and is optimistic. Killed at
 any moment and started again with the same arguments, it goes on at the last finished epoch and repeats no finished run.
 One process at a time writes to a folder.
+
+With --ray the runs are made side by side, on this machine or on a cluster: see docs/many-machines.md.
 """
 
 # The rest is imported in main(), after the arguments: --help needs no patience
@@ -126,6 +128,32 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     machine.add_argument('--channels-last', action='store_true', help='channels-last memory format')
     machine.add_argument('--compile', action='store_true', help='torch.compile the model')
+
+    ray = parser.add_argument_group('runs side by side')
+    ray.add_argument(
+        '--ray',
+        nargs='?',
+        const='local',
+        metavar='auto|HOST:PORT',
+        help='make the runs as tasks of Ray: on the cluster at HOST:PORT, on the one that runs here (auto), or with no '
+        'value on one of its own on this machine; the rows are the same as without',
+    )
+    ray.add_argument(
+        '--cpus-per-run',
+        type=int,
+        metavar='N',
+        help='cores that Ray sets aside for a run (default: as many as torch has threads, which OMP_NUM_THREADS sets; '
+        '1 on a GPU)',
+    )
+    ray.add_argument(
+        '--gpus-per-run', type=float, metavar='X', help='GPUs that Ray sets aside for a run, such as 0.5 (default: 1)'
+    )
+    ray.add_argument(
+        '--max-retries',
+        type=int,
+        metavar='N',
+        help='how often a run is tried again after its worker or its node has died (default: 3)',
+    )
     return parser.parse_args(argv)
 
 
@@ -133,11 +161,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     command = shlex.join(['python', 'scripts/reproduce.py', *(sys.argv[1:] if argv is None else argv)])
 
-    from experiments.grid import Job, reproduce
+    from experiments.grid import Job, one_after_the_other, reproduce
     from experiments.settings import make_settings
     from timm_senetv2.errors import UserError
 
-    settings = make_settings(args)
+    chosen = {key: getattr(args, key) for key in ('cpus_per_run', 'gpus_per_run', 'max_retries')}
+    chosen = {key: value for key, value in chosen.items() if value is not None}
+    if args.ray is None and chosen:
+        raise UserError(f'--{next(iter(chosen)).replace("_", "-")} has a meaning with --ray only')
+    if args.device is None and 'gpus_per_run' in chosen:
+        args.device = 'cuda' if chosen['gpus_per_run'] else 'cpu'
+    settings = make_settings(args, trained_here=args.ray is None)
+    executor = one_after_the_other
+    if args.ray is not None:
+        from experiments.ray_executor import on_ray
+
+        executor = on_ray(args.ray, settings.device, **chosen)
     if not args.out:
         raise UserError('--out needs the name of a folder')
     job = Job(
@@ -151,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_weights=args.save_weights,
         keep_checkpoints=args.keep_checkpoints,
     )
-    print(reproduce(args.models, args.seeds, job, args.baseline))
+    print(reproduce(args.models, args.seeds, job, args.baseline, executor))
 
 
 if __name__ == '__main__':
