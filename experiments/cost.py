@@ -14,7 +14,7 @@ from typing import Any, cast
 import timm
 from timm.layers import SEModule
 
-from timm_senetv2.errors import UserError, did_you_mean
+from timm_senetv2.errors import UserError, did_you_mean, printable
 from timm_senetv2.layers import SqueezeAggregatedExcitation
 from timm_senetv2.profile import count
 
@@ -139,6 +139,13 @@ def measured(name: str, gpu: Gpu, compiled: bool, path: Path) -> float | None:
     return max((float(row['images_per_s']) for row in rows), default=None)
 
 
+def _whole(recipe: dict[str, Any], key: str, default: int) -> int:
+    value = recipe.get(key, default)
+    if type(value) is not int or not 0 < value < 2**31:
+        raise UserError(f'{key} of the recipe must be a whole number above zero, got {printable(repr(value))}')
+    return value
+
+
 def plan(
     recipe: dict[str, Any],
     gpus: int,
@@ -161,22 +168,23 @@ def plan(
         results: A benchmark's CSV file, for measured figures.
 
     Raises:
-        UserError: An unknown GPU, model or data set.
+        UserError: An unknown GPU, model or data set, or a number of the recipe's that is none.
     """
     if gpu not in GPUS:
         raise UserError(f'no figures for the GPU {gpu!r}{did_you_mean(gpu, GPUS)}; known: {", ".join(GPUS)}')
-    name, data = recipe.get('model', ''), DATA.get(recipe.get('dataset', 'imagenet'))
-    if not timm.is_model(name):
-        raise UserError(f'the recipe names no model that timm knows: {name!r}')
+    name, data = recipe.get('model', ''), DATA.get(str(recipe.get('dataset', 'imagenet')))
+    if not isinstance(name, str) or not timm.is_model(name):
+        close = did_you_mean(str(name), timm.list_models())
+        raise UserError(f'the recipe names no model that timm knows: {printable(repr(name))}{close}')
     if data is None and images is None:
         raise UserError(f'the size of the data set {recipe["dataset"]!r} is not known; give --images')
     device, compiled = GPUS[gpu], bool(recipe.get('torchcompile'))
-    args = dict(num_classes=recipe['num_classes']) if 'num_classes' in recipe else {}
+    args = dict(num_classes=_whole(recipe, 'num_classes', 0)) if 'num_classes' in recipe else {}
     rate = measured(name.partition('.')[0], device, compiled, results) if results else None
     source = 'measured by scripts/benchmark.py' if rate else "estimated from the memory's bandwidth"
     rate = rate or images_per_second(name, device, compiled, args)
 
-    batch = recipe.get('batch_size', 128) * recipe.get('grad_accum_steps', 1)
+    batch = _whole(recipe, 'batch_size', 128) * _whole(recipe, 'grad_accum_steps', 1)
     compute = batch / rate
     params = sum(p.numel() for p in timm.create_model(name, device='meta', **args).parameters())
     gradient = 4 * params  # in float32, whatever the autocast
@@ -186,7 +194,7 @@ def plan(
     step = compute + exposed
     total = gpus * batch / step
     number = images or (data.images if data else 0)
-    hours = recipe.get('epochs', 300) * number / total * VALIDATION / 3600
+    hours = _whole(recipe, 'epochs', 300) * number / total * VALIDATION / 3600
     return Plan(
         images_per_gpu=rate,
         source=source,

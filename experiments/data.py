@@ -8,6 +8,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,20 @@ class FileImages(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         path = self.paths[index]
         try:
-            with Image.open(path) as file:
+            with Image.open(path, formats=_formats()) as file:
                 image = file.convert('RGB')
         except Exception as e:  # each of Pillow's decoders has its own for damaged files
             raise ImageError(
                 f'{printable(path)} cannot be read as an image ({one_line(e)}); repair it or take it away'
             ) from None
         return self.transform(image) if self.transform else image, self.targets[index]
+
+
+@cache
+def _formats() -> list[str]:
+    """Pillow's formats but EPS: that is a program, which Pillow has Ghostscript run, whatever the file is called."""
+    Image.init()
+    return [name for name in Image.ID if name != 'EPS']
 
 
 @dataclass

@@ -33,18 +33,22 @@ class Source:
     def __init__(self, path: Path) -> None:
         self.is_tar = path.is_file()
         if not path.exists() or self.is_tar and path.suffix != '.tar':
-            raise UserError(f'{path} is neither a folder nor a .tar file')
+            raise UserError(f'{printable(path)} is neither a folder nor a .tar file')
         try:
             if not self.is_tar:
                 refuse_loops(path)
+            if sys.stderr.isatty():  # as tqdm's bars
+                print(f'reading {printable(path)}', file=sys.stderr)
             options: dict[str, Any] = dict(cache_tarinfo=False) if self.is_tar else {}
             self._reader = create_reader('', str(path), **options)
         except (RuntimeError, ValueError):  # of the folder reader, of the tar reader
-            raise UserError(f'{path} holds no images that timm reads') from None
+            raise UserError(f'{printable(path)} holds no images that timm reads') from None
         except (tarfile.TarError, EOFError, OSError) as e:
             raise UserError(f'{printable(path)} cannot be read: {one_line(e)}') from None
         if self.is_tar and not ends_as_a_tar(path):
-            raise UserError(f'{path} is cut short: it lacks the zeros that a tar ends with; get the file again')
+            raise UserError(
+                f'{printable(path)} is cut short: it lacks the zeros that a tar ends with; get the file again'
+            )
 
         if self.is_tar:
             names, targets = self._reader.class_idx_to_name, self._reader.targets
@@ -56,9 +60,14 @@ class Source:
         for index, (image, target) in enumerate(zip(self._paths, targets, strict=True)):
             label, name = names[target], PurePosixPath(Path(image).as_posix()).name
             if label in ('', '.', '..'):
-                raise UserError(f'{image} is in no class: {path} must hold a folder of images for each class')
+                raise UserError(
+                    f'{printable(image)} is in no class: {printable(path)} must hold a folder of images for each class'
+                )
             if name in self.images[label]:
-                raise UserError(f'class {label} of {path} has two images named {name}; give one another name')
+                raise UserError(
+                    f'class {printable(label)} of {printable(path)} has two images named {printable(name)}; '
+                    'give one another name'
+                )
             self.images[label][name] = index
         if not self.is_tar:
             used = {Path(image).relative_to(path).parts[0] for image in self._paths}
@@ -72,7 +81,9 @@ class Source:
             content = self._reader[index][0].read()
             if target.is_symlink() or target.exists():
                 if target.is_symlink() or not target.is_file() or target.read_bytes() != content:
-                    raise UserError(f'{target} is in the way and not of this subset; remove it and run this again')
+                    raise UserError(
+                        f'{printable(target)} is in the way and not of this subset; remove it and run this again'
+                    )
             else:
                 write(target, content)
         else:
@@ -103,7 +114,7 @@ def link(source: Path, target: Path) -> None:
     if target.is_symlink() and os.readlink(target) == str(source):
         return
     if target.is_symlink() or target.exists():
-        raise UserError(f'{target} is in the way and not of this subset; remove it and run this again')
+        raise UserError(f'{printable(target)} is in the way and not of this subset; remove it and run this again')
     target.symlink_to(source, target_is_directory=source.is_dir())
 
 
@@ -125,15 +136,15 @@ def claim(dst: Path, manifest: dict) -> None:
             same = {k: v for k, v in old.items() if k != 'complete'} == manifest
             described = f'{old["per_class"]} images a class with seed {old["seed"]} from {old["source"]}'
         except (ValueError, TypeError, KeyError, AttributeError):
-            raise UserError(f'{dst / MANIFEST} is not of this script; choose another DST') from None
+            raise UserError(f'{printable(dst / MANIFEST)} is not of this script; choose another DST') from None
         if not same:
             raise UserError(
-                f'{dst} is already another subset ({described}, or the source has changed since); '
+                f'{printable(dst)} is already another subset ({described}, or the source has changed since); '
                 'remove it or choose another DST'
             )
         return
     if dst.exists() and (not dst.is_dir() or any(not is_leftover(p) for p in dst.iterdir())):
-        raise UserError(f'{dst} exists and is not a subset made by this script; choose another DST')
+        raise UserError(f'{printable(dst)} exists and is not a subset made by this script; choose another DST')
     dst.mkdir(parents=True, exist_ok=True)
     write_manifest(dst, manifest, complete=False)
 
@@ -173,8 +184,7 @@ def make_subset(src: Path, dst: Path, per_class: int, seed: int) -> None:
 
     train = src / 'train' if (src / 'train').is_dir() else src
     if Path(os.path.realpath(dst)).is_relative_to(os.path.realpath(src)):
-        raise UserError(f'DST ({dst}) lies inside SRC ({src}); choose a DST outside')
-    print(f'reading {train}', file=sys.stderr)
+        raise UserError(f'DST ({printable(dst)}) lies inside SRC ({printable(src)}); choose a DST outside')
     source = Source(train)
     chosen = choose(source.images, per_class, seed)
     files = [(label, name) for label, names in chosen.items() for name in names]

@@ -22,6 +22,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from timm_senetv2 import SqueezeAggregatedExcitation
+from timm_senetv2.create import why_not_built
 from timm_senetv2.errors import UserError, one_line, printable
 
 from .settings import ModelSpec
@@ -106,7 +107,7 @@ def build(spec: ModelSpec, num_classes: int, source: Source | None = None, shape
             model = timm.create_model(spec.name, num_classes=num_classes, **weights, **dict(spec.options))
     except Exception as e:  # a wrong option shows as anything
         how = f' from the weights of --init, of {source.architecture}' if load and source is not None else ''
-        raise UserError(f'{spec} cannot be built{how}: {one_line(e)[:300]}') from None
+        raise UserError(f'{spec} cannot be built{how}: {why_not_built(spec.name, e)[:300]}') from None
     if load and not shapes_only:
         assert source is not None
         _check_loaded(spec, model, source)

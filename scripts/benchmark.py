@@ -24,6 +24,7 @@ from experiments.benchmark.contestants import (  # noqa: E402
     create,
     require_engine,
 )
+from timm_senetv2.commands import Parser  # noqa: E402
 from timm_senetv2.errors import UserError, run  # noqa: E402
 
 DESCRIPTION = """\
@@ -59,7 +60,7 @@ def positive(text: str) -> int:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=DESCRIPTION)
     parser.add_argument(
         '--suite',
         nargs='*',

@@ -5,7 +5,6 @@ it follows from the package and the committed CSV files; nothing is trained or t
 functions of experiments/markdown.py.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +12,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for a package that is installed, and not as editable
 
 from experiments import markdown  # noqa: E402
+from timm_senetv2.commands import Parser  # noqa: E402
 from timm_senetv2.errors import UserError, run  # noqa: E402
 from timm_senetv2.files import write_atomically  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument('--check', action='store_true', help='write nothing; exit with 2 if a region is out of date')
     parser.add_argument(
         '--absolute-links',
@@ -37,11 +37,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     stale = []
     for path in args.files or markdown.documents():
-        text = path.read_text(encoding='utf-8')
         try:
+            text = path.read_text(encoding='utf-8')
             filled = markdown.fill(text)
         except UserError as e:
             raise UserError(f'{path}: {e}') from None
+        except UnicodeDecodeError:
+            raise UserError(f'{path} is not a text file in UTF-8') from None
         if filled == text:
             continue
         stale.append(str(path))

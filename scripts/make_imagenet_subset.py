@@ -12,16 +12,18 @@ any machine, from folder and tar alike, and 100 a class are among the 250. Inter
 """
 
 # The rest is imported in main(), after the arguments: --help needs no patience
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's packages, whatever is installed
 
+from timm_senetv2.commands import Parser  # noqa: E402
+from timm_senetv2.errors import run  # noqa: E402
+
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument('src', metavar='SRC', type=Path, help='image folder or .tar')
     parser.add_argument('dst', metavar='DST', type=Path, help='folder to make; not inside SRC')
     parser.add_argument(
@@ -36,6 +38,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    from timm_senetv2.errors import run
-
     run(main)

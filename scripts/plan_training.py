@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for a package that is installed, and not as editable
 
+from timm_senetv2.commands import Parser  # noqa: E402
 from timm_senetv2.errors import UserError, one_line, run  # noqa: E402
 
 
@@ -26,7 +27,7 @@ def _above_zero(text: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument('--gpus', type=int, required=True, metavar='N', help='how many, in machines of eight')
     parser.add_argument('--gpu', required=True, metavar='NAME', help='rtx3090, rtx4090, a100, h100 or h200')
     parser.add_argument('--recipe', type=Path, required=True, metavar='FILE', help="YAML options of timm's train.py")
@@ -43,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     try:
         recipe = yaml.safe_load(args.recipe.read_text(encoding='utf-8'))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+    except RecursionError:
+        raise UserError(f'{args.recipe} is nested too deeply') from None
+    except (OSError, ValueError, yaml.YAMLError) as e:
         raise UserError(f'{args.recipe} cannot be read: {one_line(e)}') from None
     if not isinstance(recipe, dict):
         raise UserError(f'{args.recipe} is not a YAML file of options')

@@ -9,13 +9,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this clone's packages, whatever is installed
 
-from timm_senetv2.errors import UserError, run  # noqa: E402  needs nothing installed either
+from timm_senetv2.commands import Parser  # noqa: E402  needs nothing installed either
+from timm_senetv2.errors import UserError, run  # noqa: E402
 
 MODELS = ('small_cnn', 'small_secnn', 'small_saecnn', 'cifar_senetv2_resnet20')
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__ + ' Takes a few minutes on two CPU cores; uses a GPU where there is one. Writes a '
         'folder a model (model.safetensors and config.json, which timm loads as local-dir:FOLDER), results.csv (a row '
         'an epoch) and quickstart.png. They replace those of the last run when all is trained, not before.',

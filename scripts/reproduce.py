@@ -49,11 +49,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's packages, whatever is installed
 
+from timm_senetv2.commands import Parser  # noqa: E402
+from timm_senetv2.errors import UserError, run  # noqa: E402
+
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument(
         '--models', nargs='+', required=True, metavar='MODEL[:KEY=VALUE,...][@START[:...]]', help='models to train'
     )
@@ -163,7 +164,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from experiments.grid import Job, one_after_the_other, reproduce
     from experiments.settings import make_settings
-    from timm_senetv2.errors import UserError
 
     chosen = {key: getattr(args, key) for key in ('cpus_per_run', 'gpus_per_run', 'max_retries')}
     chosen = {key: value for key, value in chosen.items() if value is not None}
@@ -194,6 +194,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    from timm_senetv2.errors import run
-
     run(main)

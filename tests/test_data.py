@@ -332,6 +332,19 @@ def test_damaged_images_of_any_kind_are_one_line(tmp_path, kind):
     assert refused > 5
 
 
+def test_a_postscript_program_named_as_an_image_is_not_run(tmp_path, monkeypatch):
+    buffer = io.BytesIO()
+    Image.new('RGB', (4, 4)).save(buffer, 'EPS')
+    (tmp_path / 'x.png').write_bytes(buffer.getvalue())
+    (tmp_path / 'gs').write_text(f'#!/bin/sh\ntouch {tmp_path}/ran\n')
+    (tmp_path / 'gs').chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr('PIL.EpsImagePlugin.gs_binary', None)  # Pillow looks for it once
+    with pytest.raises(ImageError):
+        FileImages([str(tmp_path / 'x.png')], [0])[0]
+    assert not (tmp_path / 'ran').exists()
+
+
 @pytest.mark.parametrize('shape', [(2**32 - 1,) * 3, (2**31, 2**31, 4), (2**20, 28, 28), (0, 28, 28)])
 def test_a_header_that_announces_too_much_or_nothing_is_refused(tmp_path, shape):
     write_fashion_mnist(tmp_path / 'data')

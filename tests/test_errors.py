@@ -30,6 +30,7 @@ def raising(error):
         ('seanet21', ['seanet20', 'seanet110', 'small_cnn'], '; did you mean seanet20 or seanet110?'),
         ('aab', ['aaa', 'aac', 'aad', 'zzz'], '; did you mean aa'),
         ('quickstart', ['seanet20'], ''),
+        ('top1', ['to\x1bp1'], r'; did you mean to\x1bp1?'),
         ('x', [], ''),
     ],
 )

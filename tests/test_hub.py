@@ -33,6 +33,10 @@ def server(hub_server, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_DISABLE_XET', True, raising=False)
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', False)
     hub_server.tokens.update({TOKEN: 'write', READER: 'read'})
+    # as HF_ENDPOINT does at import
+    monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', hub_server.url)
+    template = hub_server.url + '/{repo_id}/resolve/{revision}/{filename}'
+    monkeypatch.setattr('huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE', template)
     return hub_server
 
 
@@ -82,18 +86,9 @@ def push(server, folder, model, naps):
     """Push the model to me/x on the loopback Hub."""
 
     def push(**kwargs):
-        return hub.push(folder, **{**dict(repo_id='me/x', model=model, token=TOKEN, endpoint=server.url), **kwargs})
+        return hub.push(folder, **{**dict(repo_id='me/x', model=model, token=TOKEN), **kwargs})
 
     return push
-
-
-@pytest.fixture
-def as_default_hub(server, monkeypatch):
-    """Let timm use the loopback Hub."""
-    monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', server.url)
-    template = server.url + '/{repo_id}/resolve/{revision}/{filename}'
-    monkeypatch.setattr('huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE', template)
-    return server
 
 
 def logits(model):
@@ -136,7 +131,7 @@ def test_push_after_a_change_uploads_only_what_changed(server, push, folder, mod
     changed = tmp_path / 'x'
     facts = hub.Facts(limits='Only for tests.')
     hub.write_files(model, changed, hub.render_card(model, 'me/x', facts), facts)
-    hub.push(changed, 'me/x', model, token=TOKEN, endpoint=server.url)
+    hub.push(changed, 'me/x', model, token=TOKEN)
     assert pushed_files(server.model('me/x')) == contents(changed) != contents(folder)
     assert sum(method == 'PUT' for method, _ in server.requests) == 1
 
@@ -150,10 +145,10 @@ def test_push_creates_a_private_repository_and_a_branch(server, push, folder):
 
 
 def test_push_as_a_pull_request_leaves_the_branch_alone_and_is_not_proposed_twice(
-    as_default_hub, push, folder, model, tmp_path
+    server, push, folder, model, tmp_path
 ):
     first, second = push(create_pr=True), push(create_pr=True)
-    repo = as_default_hub.model('me/x')
+    repo = server.model('me/x')
     assert pushed_files(repo) == {} and pushed_files(repo, 'refs/pr/1') == contents(folder)
     assert len(repo.pull_requests) == 1
     loaded = timm.create_model(f'hf-hub:me/x@{first.revision}', pretrained=True, cache_dir=tmp_path)
@@ -242,11 +237,11 @@ def test_push_gives_up_after_a_few_growing_waits(server, push, naps):
     assert naps == [2.0, 4.0, 8.0]
 
 
-def test_push_without_a_hub_says_so(folder, model, server, naps):
+def test_push_without_a_hub_says_so(push, server, monkeypatch):
     with HubServer() as gone:
-        url = gone.url
+        monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', gone.url)
     with pytest.raises(UserError, match='connection to the Hub failed'):
-        hub.push(folder, 'me/x', model, token=TOKEN, endpoint=url)
+        push()
 
 
 @pytest.mark.parametrize(
@@ -442,13 +437,13 @@ def test_dry_run_replaces_its_own_folder_and_no_other(tmp_path, capsys):
 # Loading what was pushed
 
 
-def test_timm_loads_what_was_pushed_with_equal_logits(as_default_hub, push, model, tmp_path):
+def test_timm_loads_what_was_pushed_with_equal_logits(server, push, model, tmp_path):
     push(revision='v2')
     loaded = timm.create_model('hf-hub:me/x@v2', pretrained=True, cache_dir=tmp_path)
     assert torch.equal(logits(loaded), logits(model))
 
 
-def test_options_of_the_model_come_back_from_the_hub(as_default_hub, tmp_path, naps):
+def test_options_of_the_model_come_back_from_the_hub(server, tmp_path, naps):
     torch.manual_seed(2)
     given = timm.create_model('cifar_senetv2_resnet20', num_classes=7, in_chans=1, sae_cardinality=2, sae_reduction=4)
     save_file(given.state_dict(), tmp_path / 'w.safetensors')
@@ -462,7 +457,7 @@ def test_options_of_the_model_come_back_from_the_hub(as_default_hub, tmp_path, n
     )
     facts = hub.Facts(labels=list('abcdefg'), license='mit')
     hub.write_files(model, tmp_path / 'x', hub.render_card(model, 'me/x', facts), facts)
-    hub.push(tmp_path / 'x', 'me/x', model, token=TOKEN, endpoint=as_default_hub.url)
+    hub.push(tmp_path / 'x', 'me/x', model, token=TOKEN)
     loaded = timm.create_model('hf-hub:me/x', pretrained=True, cache_dir=tmp_path / 'cache')
     assert torch.equal(logits(loaded), logits(given))
     assert list(loaded.pretrained_cfg['label_names']) == list('abcdefg')
@@ -476,10 +471,10 @@ DAMAGE = {
 
 @pytest.mark.parametrize('damage', DAMAGE.values(), ids=DAMAGE)
 def test_damaged_weights_in_a_repository_are_an_error_until_they_are_mended(
-    as_default_hub, push, folder, model, damage, tmp_path
+    server, push, folder, model, damage, tmp_path
 ):
     files = contents(folder)
-    as_default_hub.add_repo('me/x', {**files, 'model.safetensors': damage(files['model.safetensors'])})
+    server.add_repo('me/x', {**files, 'model.safetensors': damage(files['model.safetensors'])})
     load = lambda: timm.create_model('hf-hub:me/x', pretrained=True, cache_dir=tmp_path)  # noqa: E731
     with pytest.raises(Exception, match='(?i)header|deserializ'):
         load()
@@ -487,14 +482,14 @@ def test_damaged_weights_in_a_repository_are_an_error_until_they_are_mended(
     assert torch.equal(logits(load()), logits(model))
 
 
-def test_weights_cut_short_on_the_way_are_an_error_and_are_not_cached(as_default_hub, push, model, tmp_path):
+def test_weights_cut_short_on_the_way_are_an_error_and_are_not_cached(server, push, model, tmp_path):
     push()
-    fault = as_default_hub.fault('GET', '/cdn/', times=10**6, edit=DAMAGE['truncated'])
+    fault = server.fault('GET', '/cdn/', times=10**6, edit=DAMAGE['truncated'])
     load = lambda: timm.create_model('hf-hub:me/x', pretrained=True, cache_dir=tmp_path)  # noqa: E731
     with pytest.raises(OSError, match='(?i)consistency'):
         load()
     assert fault.hits and not list(tmp_path.rglob('model.safetensors'))
-    as_default_hub.faults.clear()
+    server.faults.clear()
     assert torch.equal(logits(load()), logits(model))
 
 
@@ -512,10 +507,10 @@ def test_build_takes_weights_averaged_weights_and_safetensors(trained, tmp_path)
     assert torch.equal(hub.build('small_saecnn', checkpoint=tmp_path / 'w.pth').fc.weight, plain)
 
 
-def test_lifted_weights_come_out_the_same_every_time(as_default_hub, tmp_path, monkeypatch):
+def test_lifted_weights_come_out_the_same_every_time(server, tmp_path, monkeypatch):
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
     source = timm.create_model('seresnext26t_32x4d')
-    as_default_hub.add_repo('timm/seresnext26t_32x4d.bt_in1k', {'model.safetensors': save(source.state_dict())})
+    server.add_repo('timm/seresnext26t_32x4d.bt_in1k', {'model.safetensors': save(source.state_dict())})
     first, second = (hub.build('senextv2_26t_32x4d', tag='se_bt_in1k').state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     hidden = len(source.layer1[0].se.fc1.bias)
@@ -523,7 +518,7 @@ def test_lifted_weights_come_out_the_same_every_time(as_default_hub, tmp_path, m
     assert first['layer1.0.se.fc1.weight'][hidden:].abs().min() > 0  # the added units are initialised, by the seed
 
 
-def test_source_that_the_hub_does_not_have_is_a_clear_error(as_default_hub, tmp_path, monkeypatch, naps):
+def test_source_that_the_hub_does_not_have_is_a_clear_error(server, tmp_path, monkeypatch, naps):
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
     with pytest.raises(UserError, match='could not load .*: timm/seresnext26t_32x4d.bt_in1k is not there'):
         hub.build('senextv2_26t_32x4d', tag='se_bt_in1k')

@@ -268,6 +268,15 @@ def test_plain_source_in_other_dtypes(dtype, tmp_path):
     assert torch.equal(ours(x), source(x))
 
 
+def test_plain_source_too_large_to_be_doubled_is_refused_in_half_precision_alone(tmp_path):
+    source = plain_source('resnet18').half()
+    source.layer2[1].bn2.weight.data[3] = 40_000  # float16 ends at 65,504
+    file = saved(source, tmp_path)
+    with pytest.raises(RuntimeError, match=r'layer2.1.bn2.weight holds values whose double overflows in float16'):
+        from_plain('senetv2_resnet18', file, dtype=torch.float16)
+    assert from_plain('senetv2_resnet18', file).layer2[1].bn2.weight[3] == 80_000
+
+
 def test_idle_attention_keeps_fresh_first_layers_and_doubles_the_last_norms(tmp_path):
     source = plain_source('resnet50')
     torch.manual_seed(1)

@@ -419,7 +419,7 @@ def test_table_and_plots_are_made_from_the_rows(finished):
         (['--models', 'senetv2_resnet21'], "unknown model 'senetv2_resnet21'; did you mean senetv2_resnet"),
         (['--models', 'small_cnn:sae_cardinality'], 'expected key=value'),
         (['--models', 'small_cnn:sae_cardinality=-1'], 'sae_cardinality must be a whole number'),
-        (['--models', 'small_cnn:colour=1'], "unexpected keyword argument 'colour'"),
+        (['--models', 'small_cnn:colour=1'], 'it has no option colour'),
         (['--models', 'cifar_resnet20:widths=[-1,2,3]'], 'cannot be built'),
         (['--models', 'small_cnn:checkpoint_path=nowhere'], 'cannot be built'),
         (['--models', 'vit_tiny_patch16_224'], 'cannot take images of 3 x 8 x 8'),

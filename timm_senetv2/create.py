@@ -3,6 +3,7 @@
 import inspect
 import math
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, get_type_hints
@@ -34,6 +35,8 @@ _NOT_OPTIONS = {
     'device',
     'dtype',
 }
+# Of the models whose class is timm's ResNet, in whose signature they are not
+_SAE_OPTIONS: dict[str, type] = dict(sae_reduction=int, sae_cardinality=int, sae_add_identity=bool, sae_bias=bool)
 _MOST_BLOCKS = 1000
 
 
@@ -114,7 +117,8 @@ def check_options(name: str, model_args: Mapping[str, Any]) -> None:
             warnings.simplefilter('ignore')  # of weights without elements
             model = timm.create_model(f'{name}.untrained', device='meta', **model_args)
     except Exception as e:  # timm answers wrong options with many kinds
-        raise UserError(f'--model-kwargs: {name} cannot be built with {_shown(model_args)}: {one_line(e)}') from None
+        reason = why_not_built(name, e)
+        raise UserError(f'--model-kwargs: {name} cannot be built with {_shown(model_args)}: {reason}') from None
     empty = next((key for key, p in model.named_parameters() if not p.numel()), None)
     if empty is not None:
         raise UserError(f'--model-kwargs: with {_shown(model_args)}, {empty} of {name} has no elements')
@@ -124,6 +128,26 @@ def check_options(name: str, model_args: Mapping[str, Any]) -> None:
             f'{name} with {_shown(model_args)} has {needed / 1e9:,.0f} GB of weights, more than the memory '
             f'of this machine ({_memory() / 1e9:,.0f} GB)'
         )
+
+
+def why_not_built(name: str, error: Exception) -> str:
+    """Why `timm.create_model` did not build a model, in words that a user of its options understands.
+
+    Args:
+        name: Of the model, as timm has it.
+        error: What was raised. Of an option that there is not it names a class and its `__init__`.
+    """
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error)) if isinstance(error, TypeError) else None
+    if unknown is None:
+        return one_line(error)
+    model = type(timm.create_model(name, device='meta'))
+    return f'it has no option {unknown[1]}{did_you_mean(unknown[1], _options(model))}'
+
+
+def _options(model: type[nn.Module]) -> set[str]:
+    """The names of the options of a model class, by its signature."""
+    taken = {key for cls in model.__mro__ for key in inspect.signature(cls).parameters}
+    return {*_SAE_OPTIONS, *taken} - {'args', 'kwargs'} - _NOT_OPTIONS
 
 
 def _check_blocks(key: str, value: Any) -> None:
@@ -155,7 +179,7 @@ _KINDS: dict[type, str] = {
 
 def _plain_types(model: type[nn.Module]) -> dict[str, type]:
     """The options of a model class that are plainly a number, a name or a truth value, by its signature."""
-    found: dict[str, type] = dict(sae_reduction=int, sae_cardinality=int, sae_add_identity=bool)
+    found = dict(_SAE_OPTIONS)
     for cls in reversed(model.__mro__):
         init = vars(cls).get('__init__')
         if inspect.isfunction(init) and cls.__module__ != nn.Module.__module__:

@@ -34,7 +34,7 @@ def one_line(error: BaseException) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of a line about an unknown name: '; did you mean a or b?', or nothing where no known name is close."""
-    close = difflib.get_close_matches(name, list(known), n=3)
+    close = [printable(match) for match in difflib.get_close_matches(name, list(known), n=3)]
     if not close:
         return ''
     return f'; did you mean {" or ".join(filter(None, [", ".join(close[:-1]), close[-1]]))}?'

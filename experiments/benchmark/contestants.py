@@ -16,7 +16,7 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_senetv2.errors import UserError
+from timm_senetv2.errors import UserError, did_you_mean, printable
 from timm_senetv2.layers import SqueezeAggregatedExcitation
 from timm_senetv2.models.blocks import SaEBasicBlock, SaEBottleneck
 
@@ -103,7 +103,8 @@ def create(spec: str, size: int | None = None) -> nn.Module:
     """
     name, _, variant = spec.partition(':')
     if not timm.is_model(name):
-        raise UserError(f'unknown model {name!r}; timm.list_models() lists them, ours with timm_senetv2 installed')
+        close = did_you_mean(name, timm.list_models()) or '; timm.list_models() has all names'
+        raise UserError(f'unknown model {printable(name)!r}{close}')
     if variant and variant not in VARIANTS:
         raise UserError(f'unknown variant {variant!r} of {name}; choose {" or ".join(VARIANTS)}, or leave it out')
     model = timm.create_model(name)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib
 
-from timm_senetv2.errors import UserError
+from timm_senetv2.errors import UserError, one_line
 
 from ..files import write_csv, write_text
 from .suite import BESIDE, Row
@@ -75,14 +75,19 @@ class Files:
             path = self._path(f'{part}.csv')
             if not path.exists():
                 continue
-            with path.open(newline='', encoding='utf-8') as file:
-                reader = csv.DictReader(file)
-                if tuple(reader.fieldnames or ()) != columns:
-                    raise UserError(
-                        f'{path} was not written by this version of the benchmark (its columns differ); '
-                        'give another --name, or leave out --resume to replace it'
-                    )
-                self.rows[part] = list(reader)
+            mend = 'give another --name, or leave out --resume to replace it'
+            try:
+                with path.open(newline='', encoding='utf-8') as file:
+                    reader = csv.DictReader(file)
+                    if tuple(reader.fieldnames or ()) != columns:
+                        raise UserError(
+                            f'{path} was not written by this version of the benchmark (its columns differ); {mend}'
+                        )
+                    self.rows[part] = list(reader)
+            except (ValueError, csv.Error) as e:  # no UTF-8, a NUL
+                raise UserError(f'{path} is damaged ({one_line(e)}); {mend}') from None
+            if any(None in row or None in row.values() for row in self.rows[part]):
+                raise UserError(f'{path} is damaged (a row of another length); {mend}')
         return {row['experiment'] for row in self.rows['']}
 
     def add(self, command: str, rows: list[Row], rounds: list[Row], kernels: list[Row]) -> None:

@@ -40,7 +40,6 @@ def push(
     create_pr: bool = False,
     revision: str = 'main',
     token: str | None = None,
-    endpoint: str | None = None,
     attempts: int = 4,
     wait: float = 2.0,
 ) -> Pushed:
@@ -57,7 +56,6 @@ def push(
         create_pr: Open a pull request in place of committing to `revision`.
         revision: The branch; created if need be.
         token: In place of the one huggingface_hub finds.
-        endpoint: The Hub's address, in place of huggingface_hub's.
         attempts: Tries of each step while the Hub is overloaded or out of reach.
         wait: Seconds after the first failed try; doubles with each, and a longer Retry-After takes precedence.
 
@@ -71,7 +69,7 @@ def push(
         raise UserError('there is no Hugging Face token; run `hf auth login`, or set HF_TOKEN')
     if not (token.isascii() and token.isprintable() and ' ' not in token):
         raise UserError('the Hugging Face token holds characters that no token has; run `hf auth login` again')
-    api = HfApi(endpoint=endpoint, token=token)
+    api = HfApi(token=token)
 
     def step(what: str, action: Callable[[], T]) -> T:
         return attempt(what, action, repo_id=repo_id, token=token, attempts=attempts, wait=wait)
@@ -162,9 +160,7 @@ def _verify(api: HfApi, folder: Path, repo_id: str, commit: str, model: nn.Modul
     """Download a commit's files into a fresh cache; raises a UserError unless they are those of `folder`."""
     with tempfile.TemporaryDirectory() as cache:
         for name in FILES:
-            path = Path(
-                hf_hub_download(repo_id, name, revision=commit, cache_dir=cache, token=api.token, endpoint=api.endpoint)
-            )
+            path = Path(hf_hub_download(repo_id, name, revision=commit, cache_dir=cache, token=api.token))
             served, ours = sha256(path), sha256(folder / name)
             if served != ours:
                 raise UserError(

@@ -74,7 +74,8 @@ def lift_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Module) ->
 
     Raises:
         RuntimeError: Attention weights that are neither the layer's own nor those of an SE layer that fits into it;
-            names the first tensor that is missing or does not fit, and the shapes.
+            names the first tensor that is missing or does not fit, and the shapes. Or weights without attention that
+            are too large to be doubled.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, SqueezeAggregatedExcitation)}
     prefixes = tuple(f'{name}.' for name in layers)
@@ -134,11 +135,22 @@ def _with_idle_attention(
             key = f'{parent}.{norm_name}.{part}'
             if key not in state_dict:
                 raise RuntimeError(f'{key} is missing; its shape in this model is {tuple(own[key].shape)}')
-            lifted[key] = 2 * state_dict[key]
+            lifted[key] = _doubled(key, state_dict[key], own[key].dtype)
         for key, tensor in layer.state_dict(prefix=f'{name}.').items():
             idle = key.startswith(f'{name}.fc2.')
             lifted[key] = torch.zeros_like(tensor) if idle else tensor.clone()
     return lifted
+
+
+def _doubled(key: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Twice a tensor that is going to be loaded as this dtype; raises a RuntimeError where that would overflow."""
+    doubled = 2 * tensor.to(torch.promote_types(tensor.dtype, dtype))  # what float16 cannot hold, a float32 model can
+    if not tensor.is_meta and (doubled.to(dtype).isinf() & tensor.isfinite()).any():
+        raise RuntimeError(
+            f'{key} holds values whose double overflows in {str(dtype).removeprefix("torch.")}, and weights without '
+            'attention are doubled to start with it; build the model in float32'
+        )
+    return doubled
 
 
 def last_norm(block: nn.Module) -> str | None:
