@@ -3,14 +3,22 @@
 import csv
 from pathlib import Path
 
+from timm_senetv2.errors import UserError
+
 RESULTS = Path(__file__).parents[1] / 'results' / 'integrations.csv'
 CONVERTED = ('senetv2_resnet50', 'senetv2_resnet50, reparameterized', 'seresnet50')
 
 
 def integrations(kind: str) -> str:
-    """What was found with the libraries of a kind, 'converter' or 'consumer', as a Markdown table."""
+    """What was found with the libraries of a kind, 'converter' or 'consumer', as a Markdown table.
+
+    Raises:
+        UserError: Nothing was found of that kind.
+    """
     with RESULTS.open(newline='', encoding='utf-8') as file:
         rows = [row for row in csv.DictReader(file) if row['kind'] == kind]
+    if not rows:
+        raise UserError(f'{RESULTS.name} has no rows of kind {kind!r}')
     if kind == 'consumer':
         lines = ['| Library | Version | Call | Model | Result |', '|---|---|---|---|---|']
         lines += [

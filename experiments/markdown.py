@@ -17,6 +17,7 @@ from . import tables
 from .benchmark import report
 from .benchmark.suite import BESIDE, TRIOS
 from .files import read_results
+from .integrations import integrations
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / 'results'
@@ -235,5 +236,5 @@ def weights() -> str:
 
 GENERATORS: dict[str, Callable[..., str]] = {
     generator.__name__: generator
-    for generator in (attention, families, imports, models, runs, speed, summary, tags, weights)
+    for generator in (attention, families, imports, integrations, models, runs, speed, summary, tags, weights)
 }
