@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from timm_senetv2.errors import UserError
+
 from .files import read_csv
 
 RESULTS = Path(__file__).parents[1] / 'results' / 'integrations.csv'
@@ -9,8 +11,14 @@ CONVERTED = ('senetv2_resnet50', 'senetv2_resnet50, reparameterized', 'seresnet5
 
 
 def integrations(kind: str) -> str:
-    """What was found with the libraries of a kind, 'converter' or 'consumer', as a Markdown table."""
+    """What was found with the libraries of a kind, 'converter' or 'consumer', as a Markdown table.
+
+    Raises:
+        UserError: Nothing was found of that kind.
+    """
     rows = [row for row in read_csv(RESULTS) if row['kind'] == kind]
+    if not rows:
+        raise UserError(f'{RESULTS.name} has no rows of kind {kind!r}')
     if kind == 'consumer':
         lines = ['| Library | Version | Call | Model | Result |', '|---|---|---|---|---|']
         lines += [

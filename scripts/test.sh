@@ -12,16 +12,17 @@ and runs ruff, mypy, the tests, and timm's own model tests for our quickest mode
 ready.
 
   --slow         also the tests that take minutes each, and timm's own model tests for all of our models: over an hour
-  --integration  also the tests that need further packages
+  --integration  also the tests with other libraries, which it installs: 5 GB. With TIMM_REPO=/path/to/a/checkout/of/timm
+                 those with its train.py too. Writes results/integrations.csv and the tables of docs/integrations.md
   --help         this text
 EOF
 }
 
-slow='not slow' integration='not integration' extra='' models=--fast
+slow='not slow' extra='' models=--fast
 for argument in "$@"; do
     case $argument in
         --slow) slow='(slow or not slow)' models='' ;;
-        --integration) integration='(integration or not integration)' extra=integration ;;
+        --integration) extra=integration ;;
         -h | --help) usage; exit ;;
         *) fail "unknown argument $argument; bash scripts/test.sh --help says which there are" ;;
     esac
@@ -37,4 +38,8 @@ export OMP_NUM_THREADS=1  # two processes side by side are faster than two threa
 "$python" -m mypy --config-file= --ignore-missing-imports --follow-imports=silent experiments
 # shellcheck disable=SC2086
 "$python" tests/run_timm_tests.py $models -n 2
-"$python" -m pytest -q -m "$slow and $integration" -n 2 --dist loadscope  # last, so that its closing line is
+if [ -n "$extra" ]; then  # on their own: other tests compare the documents with the results that these write
+    "$python" -m pytest -q -m "$slow and integration" -n 2 --dist loadscope tests/integration
+    "$python" scripts/docs.py docs/integrations.md
+fi
+"$python" -m pytest -q -m "$slow and not integration" -n 2 --dist loadscope  # last, so that its closing line is

@@ -9,7 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, SEModule
-from timm.models import load_checkpoint, save_for_hf
+from timm.models import FeatureDictNet, load_checkpoint, save_for_hf
 from timm.optim import param_groups_layer_decay
 
 from timm_senetv2.layers import ChannelAggregation, SqueezeAggregatedExcitation
@@ -381,6 +381,21 @@ def test_intermediates_equal_features_only(name):
         assert len(some) == len(kept)
         for a, i in zip(some, kept, strict=True):
             torch.testing.assert_close(a, expected[i])
+
+
+@pytest.mark.parametrize('name', ['senetv2_resnet18', 'cifar_senetv2_resnet20', 'seanet20', 'small_saecnn'])
+def test_feature_cfg_of_the_caller_is_taken(name):
+    given = dict(feature_cls='dict', out_indices=(0, 2))
+    model = meta(name, features_only=True, feature_cfg=dict(given)).eval()
+    assert type(model) is FeatureDictNet
+    assert model.feature_info.out_indices == (0, 2)
+    default = meta(name, features_only=True, feature_cfg=dict(feature_cls='getter'))
+    count = len(default.feature_info.out_indices)
+    assert type(default).__name__ == 'FeatureGetterNet' and count == (5 if name in TWINS else 4)
+    x = images(device='meta')
+    shapes = [f.shape for f in meta(name).forward_intermediates(x, intermediates_only=True)]
+    assert [f.shape for f in model(x).values()] == [shapes[0], shapes[2]]
+    assert [f.shape for f in default(x)] == shapes
 
 
 @pytest.mark.parametrize('indices', [0, 5, [4], [-5], []])

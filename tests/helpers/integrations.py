@@ -19,13 +19,19 @@ RESULTS = ROOT / 'results' / 'integrations.csv'
 COLUMNS = ('kind', 'library', 'version', 'call', 'model', 'result')
 
 
-def fresh(script: str, name: str, folder: Path) -> list[dict[str, Any]]:
-    """Run `script NAME FOLDER` of tests/integration in a process without an import of ours; return what it found."""
+def environment(cache: Path, hub: str | None = None) -> dict[str, str]:
+    """The environment of a process with the Hub's cache in that folder, and no network but for the Hub at that URL."""
     given = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'HUGGING')) and k != 'PYTHONPATH'}
-    own = dict(HF_HUB_OFFLINE='1', HF_HOME=str(folder / 'hf'), OMP_NUM_THREADS='1', TORCHINDUCTOR_COMPILE_THREADS='1')
+    own = dict(OMP_NUM_THREADS='1', TORCHINDUCTOR_COMPILE_THREADS='1', HF_HOME=str(cache / 'hf'))
+    own |= dict(HF_ENDPOINT=hub, HF_HUB_DISABLE_XET='1') if hub else dict(HF_HUB_OFFLINE='1')
+    return given | own
+
+
+def fresh(script: str, name: str, folder: Path, cache: Path, hub: str | None = None) -> list[dict[str, Any]]:
+    """Run `script NAME FOLDER` of tests/integration in a process without an import of ours; return what it found."""
     done = subprocess.run(
         [sys.executable, ROOT / 'tests' / 'integration' / script, name, folder],
-        env=given | own,
+        env=environment(cache, hub),
         cwd=folder,
         capture_output=True,
         text=True,

@@ -1,7 +1,8 @@
 """One consumer of timm's models, in a process without an import of ours: `python consumers.py NAME FOLDER`.
 
-FOLDER holds what `timm_senetv2.hub.write_files` wrote of a senetv2_resnet18 with random weights (`saved/`), an image
-(`image.png`) and the logits of that image, prepared (`expected.pt`). Prints one JSON line: `result`, or `failure`.
+FOLDER holds what `timm-senetv2 push` wrote of a senetv2_resnet18 with random weights (`saved/`), an image (`image.png`)
+and the logits of that image, prepared (`expected.pt`). The same model is `me/saved` on the Hub of the environment, for
+checks that take it from there. Prints one JSON line: `result`, or `failure`.
 """
 
 import json
@@ -10,8 +11,11 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import ClassVar
 
 import timm
 import torch
@@ -19,25 +23,51 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NAME, SIZE, CLASSES = 'senetv2_resnet18', 64, 4
+NAME32 = 'cifar_senetv2_resnet20'
+REPO = 'me/saved'
 
 
+@dataclass(frozen=True)
 class Consumer:
-    """A consumer by the name of its function: the library, how it is called, and what it does."""
+    """The library, how it is called, with which model, and what it does; whether it needs a Hub."""
 
-    every: dict[str, 'Consumer'] = {}
+    library: str
+    call: str
+    model: str
+    function: Callable[[Path], str]
+    hub: bool = False
 
-    def __init__(self, library: str, call: str, function: Callable[[Path], str]) -> None:
-        self.library, self.call, self.function = library, call, function
+    every: ClassVar[dict[str, 'Consumer']] = {}
 
 
-def consumer(library: str, call: str) -> Callable:
-    """Register `function(folder) -> result`, which fails by an exception."""
+def consumer(library: str, call: str, model: str = NAME) -> Callable:
+    """Register `function(folder) -> result`, which fails by an exception, under its name."""
 
     def register(function: Callable) -> Callable:
-        Consumer.every[function.__name__] = Consumer(library, call, function)
+        Consumer.every[function.__name__] = Consumer(library, call, model, function)
         return function
 
     return register
+
+
+def loader(library: str, call: str, folder: str = 'FOLDER', hub: str = 'REPO', model: str = NAME) -> Callable:
+    """Register `function(folder, source) -> result` twice: the model comes from the folder, and from the Hub.
+
+    `source` is what the library takes; in `call`, and in what is recorded, SOURCE stands for it.
+    """
+
+    def register(function: Callable) -> Callable:
+        name = function.__name__
+        for suffix, shown, is_hub in (('', folder, False), ('_hub', hub, True)):
+            run = partial(_from_source, function, shown)
+            Consumer.every[name + suffix] = Consumer(library, call.replace('SOURCE', shown), model, run, is_hub)
+        return function
+
+    return register
+
+
+def _from_source(function: Callable, shown: str, folder: Path) -> str:
+    return function(folder, shown.replace('FOLDER', str(folder / 'saved')).replace('REPO', REPO))
 
 
 # --- Helpers ---
@@ -57,10 +87,10 @@ def build(**kwargs: object) -> nn.Module:
     return randomize(timm.create_model(NAME, num_classes=CLASSES, **kwargs))
 
 
-def attention(model: nn.Module) -> list[nn.Module]:
+def attention(model: nn.Module, count: int = 8) -> list[nn.Module]:
     """The attention layers, which are known here by their names alone."""
     found = [m for name, m in model.named_modules() if name.split('.')[-1] == 'se']
-    assert len(found) == 8, f'{len(found)} attention layers'
+    assert len(found) == count, f'{len(found)} attention layers'
     assert all(type(m).__name__ == 'SqueezeAggregatedExcitation' for m in found)
     return found
 
@@ -83,9 +113,9 @@ def falls(losses: Iterable[float]) -> str:
     return f'loss {first:.2f} to {last:.2f} in {len(losses)} steps'
 
 
-def fit(model: nn.Module, loss: Callable[[], Tensor], steps: int = 8, lr: float = 1e-3) -> str:
+def fit(model: nn.Module, loss: Callable[[], Tensor], steps: int = 8, lr: float = 1e-3, count: int = 8) -> str:
     """Train all parameters that want it; the attention's must receive gradients and move."""
-    layers = attention(model)
+    layers = attention(model, count)
     parameters = [p for p in model.parameters() if p.requires_grad]
     before = [m.fc1.weight.detach().clone() for m in layers]
     optimizer = torch.optim.Adam(parameters, lr=lr)
@@ -138,6 +168,42 @@ def smp_deeplab(folder: Path) -> str:
     return _segment('DeepLabV3Plus', encoder_output_stride=16)
 
 
+@consumer('segmentation-models-pytorch', "Unet('tu-cifar_senetv2_resnet20')", NAME32)
+def smp_unet32(folder: Path) -> str:
+    import segmentation_models_pytorch as smp
+
+    answers = []
+    for name in (NAME32, 'vit_tiny_patch16_224'):  # reductions 1, 1, 2, 4; and 16, 16, 16, …
+        try:
+            smp.Unet(f'tu-{name}', encoder_weights=None, encoder_depth=3, decoder_channels=(64, 32, 16))
+        except ValueError as e:
+            answers.append(str(e))
+    assert len(answers) == 2 and answers[0] == answers[1], answers
+    return f'refused, as a ViT of timm: {answers[0]}'
+
+
+@consumer('segmentation-models-pytorch', 'UnetDecoder over features_only, out_indices=(1, 2, 3)', NAME32)
+def smp_unet_decoder32(folder: Path) -> str:
+    from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoder
+
+    class Segmenter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk = randomize(timm.create_model(NAME32, features_only=True, out_indices=(1, 2, 3)))
+            self.decoder = UnetDecoder(self.trunk.feature_info.channels(), (64, 32), n_blocks=2)
+            self.head = nn.Conv2d(32, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.decoder(self.trunk(x)))
+
+    torch.manual_seed(0)
+    model = Segmenter()
+    images, _ = dataset(4)
+    masks = (images.mean(1) > 1).long()
+    assert model(images).shape == (4, 2, SIZE, SIZE)
+    return fit(model, lambda: F.cross_entropy(model(images), masks), count=9)
+
+
 @consumer('torchvision', 'FasterRCNN over FeaturePyramidNetwork over features_only')
 def torchvision_detection(folder: Path) -> str:
     from torchvision.models.detection import FasterRCNN
@@ -178,14 +244,27 @@ def torchvision_detection(folder: Path) -> str:
     return result
 
 
-# --- transformers, from the folder that we write ---
+# --- What we write, from the folder and from the Hub ---
 
 
-@consumer('transformers', 'TimmWrapperForImageClassification.from_pretrained(folder)')
-def transformers_classification(folder: Path) -> str:
+@loader('timm', "create_model('SOURCE', pretrained=True)", 'local-dir:FOLDER', 'hf-hub:REPO')
+def timm_create_model(folder: Path, source: str) -> str:
+    model = timm.create_model(source, pretrained=True)
+    x, expected = torch.load(folder / 'expected.pt')
+    assert len(attention(model)) == 8
+    assert torch.equal(eager(model, x), expected)
+    other = timm.create_model(source, pretrained=True, num_classes=7).eval()
+    assert eager(other, x).shape == (1, 7)
+    with torch.no_grad():
+        assert torch.equal(other.forward_features(x), model.forward_features(x))
+    return 'logits equal; features equal with another num_classes'
+
+
+@loader('transformers', 'TimmWrapperForImageClassification.from_pretrained(SOURCE)')
+def transformers_classification(folder: Path, source: str) -> str:
     from transformers import TimmWrapperForImageClassification
 
-    model, report = TimmWrapperForImageClassification.from_pretrained(folder / 'saved', output_loading_info=True)
+    model, report = TimmWrapperForImageClassification.from_pretrained(source, output_loading_info=True)
     assert not report['missing_keys'] and not report['unexpected_keys'], report
     assert len(attention(model)) == 8
     x, expected = torch.load(folder / 'expected.pt')
@@ -193,12 +272,25 @@ def transformers_classification(folder: Path) -> str:
     return 'logits equal'
 
 
-@consumer('transformers', "pipeline('image-classification', folder)")
-def transformers_pipeline(folder: Path) -> str:
+@loader('transformers', 'TimmWrapperForImageClassification.from_pretrained(SOURCE, num_labels=7)')
+def transformers_other_classes(folder: Path, source: str) -> str:
+    from transformers import TimmWrapperForImageClassification
+
+    model = TimmWrapperForImageClassification.from_pretrained(source, num_labels=7, ignore_mismatched_sizes=True)
+    x, _ = torch.load(folder / 'expected.pt')
+    own = timm.create_model(f'local-dir:{folder / "saved"}', pretrained=True).eval()
+    assert eager(model, x).logits.shape == (1, 7)
+    with torch.no_grad():
+        equal(model.timm_model.forward_features(x), own.forward_features(x))
+    return '7 logits, features equal'
+
+
+@loader('transformers', "pipeline('image-classification', SOURCE)")
+def transformers_pipeline(folder: Path, source: str) -> str:
     from PIL import Image
     from transformers import pipeline
 
-    answers = pipeline('image-classification', str(folder / 'saved'))(Image.open(folder / 'image.png'), top_k=CLASSES)
+    answers = pipeline('image-classification', source)(Image.open(folder / 'image.png'), top_k=CLASSES)
     _, expected = torch.load(folder / 'expected.pt')
     scores = expected.softmax(1)[0]
     order = scores.argsort(descending=True).tolist()
@@ -207,23 +299,25 @@ def transformers_pipeline(folder: Path) -> str:
     return 'labels and probabilities equal'
 
 
-@consumer('transformers', 'AutoModel.from_pretrained(folder)')
-def transformers_automodel(folder: Path) -> str:
+@loader('transformers', 'AutoModel.from_pretrained(SOURCE)')
+def transformers_automodel(folder: Path, source: str) -> str:
     from transformers import AutoModel
 
     x, _ = torch.load(folder / 'expected.pt')
-    model = AutoModel.from_pretrained(folder / 'saved')
+    model = AutoModel.from_pretrained(source)
+    assert len(attention(model)) == 8
     own = timm.create_model(f'local-dir:{folder / "saved"}', pretrained=True)
     with torch.no_grad():
         equal(model.eval()(x).last_hidden_state, own.eval().forward_features(x))
     return 'features equal'
 
 
-@consumer('transformers', 'Trainer.train, save_model, from_pretrained')
-def transformers_trainer(folder: Path) -> str:
+@loader('transformers', 'AutoModelForImageClassification.from_pretrained(SOURCE), Trainer.train, save_model')
+def transformers_trainer(folder: Path, source: str) -> str:
     from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 
-    model = AutoModelForImageClassification.from_pretrained(folder / 'saved')
+    model = AutoModelForImageClassification.from_pretrained(source)
+    before = [m.fc1.weight.detach().clone() for m in attention(model)]
     images, labels = dataset()
     rows = [dict(pixel_values=x, labels=y) for x, y in zip(images, labels, strict=True)]
     with tempfile.TemporaryDirectory() as out:
@@ -241,10 +335,13 @@ def transformers_trainer(folder: Path) -> str:
         trainer = Trainer(model=model, args=arguments, train_dataset=rows)
         trainer.train()
         result = falls(row['loss'] for row in trainer.state.log_history if 'loss' in row)
+        assert not any(torch.equal(m.fc1.weight, old) for m, old in zip(attention(model), before, strict=True))
         trainer.save_model(out)
         again = AutoModelForImageClassification.from_pretrained(out)
-    equal(eager(again, images).logits, eager(model, images).logits)
-    return result
+        equal(eager(again, images).logits, eager(model, images).logits)
+        own = timm.create_model(f'local-dir:{out}', pretrained=True)
+        equal(eager(own, images), eager(model, images).logits)
+    return result + '; what it saves loads in transformers and timm'
 
 
 # --- Training loops ---
@@ -334,14 +431,14 @@ def _offloaded(name: str, offload: Callable[[nn.Module], nn.Module]) -> str:
     return 'logits equal'
 
 
-@consumer('accelerate', 'cpu_offload (senetv2_resnet18)')
+@consumer('accelerate', 'cpu_offload')
 def accelerate_offload(folder: Path) -> str:
     from accelerate import cpu_offload
 
     return _offloaded(NAME, lambda m: cpu_offload(m, torch.device('cpu')))
 
 
-@consumer('accelerate', 'cpu_offload (senetv2_resnet50)')
+@consumer('accelerate', 'cpu_offload', 'senetv2_resnet50')
 def accelerate_offload_bottleneck(folder: Path) -> str:
     from accelerate import cpu_offload
 

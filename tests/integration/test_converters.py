@@ -12,7 +12,7 @@ MODULES = {'onnx': 'onnxscript'}  # what shows that the library is there, where 
 def test_what_converts_timms_model_converts_ours(name, tmp_path):
     one = Converter.every[name]
     need(one.library, MODULES.get(one.library, one.library))
-    found = {row['model']: row for row in fresh('converters.py', name, tmp_path)}
+    found = {row['model']: row for row in fresh('converters.py', name, tmp_path, tmp_path)}
     assert found.keys() == MODELS.keys()
     for label, row in found.items():
         record('converter', one.library, row['version'], one.call, _words(label), _result(row))

@@ -74,12 +74,14 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_small_cnn(variant: str, pretrained: bool, **kwargs: Any) -> SmallCNN:
+def _create_small_cnn(
+    variant: str, pretrained: bool, feature_cfg: dict[str, Any] | None = None, **kwargs: Any
+) -> SmallCNN:
     return build_model_with_cfg(
         SmallCNN,
         variant,
         pretrained,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3)),
+        feature_cfg=dict(dict(out_indices=(0, 1, 2, 3)), **(feature_cfg or {})),
         pretrained_filter_fn=lift_state_dict,
         **without_recorded(kwargs),
     )
