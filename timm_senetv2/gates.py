@@ -416,8 +416,6 @@ class _Reader:
         self.gates[layer.name].update(gates, self.labels)
 
     def _read_units(self, layer: Attention, output: torch.Tensor) -> None:
-        if layer.kind == 'ECA':
-            return
         values = self._rows(layer, output)
         if layer.name not in self.units:
             self.units[layer.name] = _Units(values.shape[1])
@@ -499,6 +497,8 @@ def measure(
         reader, correct = _Reader(layers, len(classes)), 0
         with reader:
             for images, labels in progress(loader, 'gates'):
+                if not len(labels):
+                    continue
                 _check_labels(labels, len(classes))
                 reader.labels = labels.cpu()
                 out = _outputs(model, images)
@@ -545,7 +545,7 @@ def _outputs(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def _check_labels(labels: torch.Tensor, classes: int) -> None:
-    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+    if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(f'class indices must be from 0 to {classes - 1}, got {labels.min()} to {labels.max()}')
 
 
@@ -583,6 +583,8 @@ def _effects(
     scale: _ClassMoments | None = None
     seen = 0
     for batch, classes in loader:
+        if not len(classes):
+            continue
         images, labels = batch[: limit - seen], classes[: limit - seen].cpu()
         target = None if right is None else right[labels]
         plain = _outputs(model, images)

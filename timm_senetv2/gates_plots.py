@@ -1,6 +1,7 @@
 """Pictures of what `gates.measure` found: PNGs, in colours that colour-blind people can tell apart (Okabe and Ito)."""
 
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from .errors import printable
-from .gates import NEAR, LayerGates, Measurement
+from .gates import CONSTANT, NEAR, LayerGates, Measurement
 
 if TYPE_CHECKING:
     from .overlays import Overlay
@@ -61,7 +63,8 @@ def write_pictures(folder: Path, measured: Measurement, title: str, shown: Seque
         where a layer has two hidden units that vary.
     """
     pictures: dict[str, Figure | None] = {}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph')  # a name in a script that matplotlib's font has not
         pictures['overview.png'] = _overview(measured, title)
         pictures['classes.png'] = _classes(measured, title, shown)
         pictures['within_class.png'] = _within_class(measured, title, shown)
@@ -76,8 +79,8 @@ def write_overlays(folder: Path, overlays: Sequence['Overlay'], title: str) -> l
     """Write overlays.png: images, and where the model finds the class it names, with its gates and with mean gates."""
     columns = min(6, len(overlays))
     groups = -(-len(overlays) // columns)
-    with matplotlib.rc_context({**_STYLE, 'font.size': 8, 'axes.titlesize': 8, 'axes.titlelocation': 'center'}):
-        figure = Figure(figsize=(1.75 * columns + 0.9, 5.9 * groups + 0.5), layout='constrained')
+    with matplotlib.rc_context({**_STYLE, 'font.size': 10, 'axes.titlesize': 10, 'axes.titlelocation': 'center'}):
+        figure = Figure(figsize=(max(8.0, 1.75 * columns + 0.9), 6.3 * groups + 0.5), layout='constrained')
         grid = figure.subplots(3 * groups, columns, squeeze=False)
         for axes in grid.flat:
             axes.set_axis_off()
@@ -94,15 +97,18 @@ def write_overlays(folder: Path, overlays: Sequence['Overlay'], title: str) -> l
         for row in range(3 * groups):
             what = ('the image', 'its own gates', 'mean gates')[row % 3]
             grid[row, 0].text(-0.08, 0.5, what, rotation=90, ha='right', va='center', transform=grid[row, 0].transAxes)
-        _head(figure, f'{title}: where the class is found (Grad-CAM), brighter is more')
-        (folder / 'overlays.png').write_bytes(_png(figure))
+        _head(figure, f'{_cut(title, 70)}: where the class is found (Grad-CAM), brighter is more')
+        (folder / 'overlays.png').write_bytes(_png(figure, dpi=75, colours=None))
     return ['overlays.png']
 
 
-def _png(figure: Figure) -> bytes:
-    content = io.BytesIO()
-    figure.savefig(content, format='png', dpi=100, metadata={'Software': None})
-    return content.getvalue()
+def _png(figure: Figure, dpi: int = 100, colours: int | None = 256) -> bytes:
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format='png', dpi=dpi, metadata={'Software': None})
+    with Image.open(drawn) as picture:  # 256 colours are enough for a plot, and take half the space
+        picture = picture.convert('RGB')
+        (picture if colours is None else picture.quantize(colours)).save(small, format='png', optimize=True)
+    return small.getvalue()
 
 
 def _cut(name: str, most: int = 18) -> str:
@@ -130,7 +136,7 @@ def _overview(measured: Measurement, title: str) -> Figure:
         _name_blocks(axes, layers)
 
     axes = grid[0, 0]
-    axes.set_title('Gates: over images and channels')
+    axes.set_title('Gates, over images and channels')
     quantiles = {q: [layer.quantile(q) for layer in layers] for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
     for i in places:
         low, high, first, last = (quantiles[q][i] for q in (0.05, 0.95, 0.25, 0.75))
@@ -154,16 +160,25 @@ def _overview(measured: Measurement, title: str) -> Figure:
     _legend(axes)
 
     axes = grid[0, 2]
-    axes.set_title('Variance of a gate that lies between classes, %')
-    axes.bar(places, [_percent(layer.between_share) for layer in layers], color='#0072B2')
+    axes.set_axisbelow(True)
+    pale = [_hardly_varies(layer) for layer in layers]
+    colours = ['#A9CCE3' if hardly else '#0072B2' for hardly in pale]
+    axes.bar(places, [_percent(layer.between_share) for layer in layers], color=colours)
+    note = f'\n(pale: where gates hardly vary, SD < {CONSTANT:g})' * any(pale)
+    axes.set_title(f'Variance of a gate that lies between classes, %{note}')
     axes.set_ylim(0, 100)
+    axes.set_yticks(range(0, 101, 20))
     if all(layer.between_share is None for layer in layers):
         _say(axes, 'needs two classes,\nand two images of a class')
 
     _draw_effects(grid[1, 0], grid[1, 1], measured)
     _draw_units(grid[1, 2], layers)
-    _head(figure, f'{title}: all blocks')
+    _head(figure, f'{_cut(title, 70)}: all blocks')
     return figure
+
+
+def _hardly_varies(layer: LayerGates) -> bool:
+    return float(layer.std.square().mean().sqrt()) < CONSTANT
 
 
 def _draw_effects(left: Any, right: Any, measured: Measurement) -> None:
@@ -282,7 +297,7 @@ def _classes(measured: Measurement, title: str, shown: Sequence[int]) -> Figure:
         _channel_line(axes, layer.mean[order], color='black', linewidth=1.8, label='all classes')
         axes.set_title(_cut(names[place], 40))
     _share_height(grid)
-    _finish(figure, grid, f'{title}: mean gate of each channel, by class')
+    _finish(figure, grid, f'{_cut(title, 70)}: mean gate of each channel, by class')
     return figure
 
 
@@ -303,7 +318,7 @@ def _within_class(measured: Measurement, title: str, shown: Sequence[int]) -> Fi
             _channel_line(axes, mean, color=colour, linewidth=1.4, label=label)
         axes.set_title(_cut(names[place], 40))
     _share_height(grid)
-    _finish(figure, grid, f'{title}: gates of each channel, within a class')
+    _finish(figure, grid, f'{_cut(title, 70)}: gates of each channel, within a class')
     return figure
 
 
@@ -320,10 +335,14 @@ def _share_height(grid: Sequence[Any]) -> None:
 
 
 def _finish(figure: Figure, grid: Sequence[Any], head: str) -> None:
-    figure.supxlabel('channels, from the one with the lowest mean gate to the one with the highest', fontsize=9)
-    figure.supylabel('gate', fontsize=9)
+    columns = min(3, len(grid))
+    for i, axes in enumerate(grid):
+        if i % columns == 0:
+            axes.set_ylabel('gate')
+        if i + columns >= len(grid):  # nothing below it
+            axes.set_xlabel('channels, sorted by their mean gate')
     handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside lower center', ncols=min(4, len(labels)), frameon=False)
+    figure.legend(handles, labels, loc='outside lower center', ncols=min(8, len(labels)), frameon=False)
     _head(figure, head)
 
 
@@ -353,7 +372,7 @@ def _units(measured: Measurement, title: str) -> Figure | None:
     figure.colorbar(image, ax=grid, label='correlation over images', shrink=0.7)
     branches = ', lines between branches' if any(layer.branches > 1 for layer in layers) else ''
     figure.supxlabel(f'hidden units{branches}; grey: the same in every image', fontsize=9)
-    _head(figure, f'{title}: correlation of hidden units')
+    _head(figure, f'{_cut(title, 70)}: correlation of hidden units')
     return figure
 
 

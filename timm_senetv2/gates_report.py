@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from . import __version__
-from .catalog import config_of
+from .catalog import classes_of, config_of
 from .create import pretrained
-from .errors import UserError, did_you_mean, one_line, printable
+from .errors import UserError, one_line, printable
 from .files import check_output, output_folder
 from .gates import BIN, CONSTANT, LOWEST, NEAR, Effect, LayerGates, Measurement, attention_layers, measure
 from .gates_plots import COLOURS, short_names, write_overlays, write_pictures
@@ -61,13 +61,15 @@ def write_report(
     ):
         if value is not None and value < least:
             raise UserError(f'{name} must be {least} or more, got {value}')
+    if len(classes) > len(COLOURS):
+        raise UserError(f'--classes takes at most {len(COLOURS)} classes, got {len(classes)}')
     check_output(out, 'gates')
     network = pretrained(model)
     try:
         layers = attention_layers(network)
     except ValueError as e:
         raise UserError(f'{printable(model)}: {one_line(e)}') from None
-    pictures = open_images(data, dataset, split, dataset_download, images)
+    pictures = open_images(data, dataset, split, dataset_download, images, classes)
     shown = _shown(classes, pictures)
     config = resolve_data_config({} if img_size is None else {'img_size': img_size}, model=network)
     if config['input_size'][0] != 3:
@@ -106,16 +108,6 @@ def _shown(names: Sequence[str], images: LabelledImages) -> list[int]:
     if not names:
         count = min(_DRAWN_CLASSES, len(images.classes))
         return [round(i * (len(images.classes) - 1) / max(1, count - 1)) for i in range(count)]
-    if len(names) > len(COLOURS):
-        raise UserError(f'--classes takes at most {len(COLOURS)} classes, got {len(names)}')
-    for name in names:
-        if name not in images.all_classes:
-            raise UserError(f'there is no class {printable(name)!r}{did_you_mean(name, images.all_classes)}')
-        if name not in images.classes:
-            raise UserError(
-                f'{printable(name)!r} is not among the {len(images.classes)} classes that are measured; '
-                'more --images take more classes'
-            )
     return [images.classes.index(name) for name in dict.fromkeys(names)]
 
 
@@ -144,7 +136,7 @@ def _write_overlays(
 ) -> list[str]:
     from .overlays import overlays
 
-    number = next(int(p.shape[0]) for p in reversed(list(model.parameters())))
+    number = classes_of(model)
     names = config_of(model).get('label_names') or []
     if len(names) != number:
         mapped = dict(zip(outputs_of(model, images) or [], images.classes, strict=False))
@@ -346,9 +338,9 @@ def _distribution(measured: Measurement) -> str:
         sum(share * len(layer.mean) for share, layer in zip(shares, layers, strict=True)) / width
         for shares in ([layer.near_zero for layer in layers], [layer.near_one for layer in layers])
     )
-    text = f'Of all gates, {_share(zero)} are near 0 and {_share(one)} near 1.'
+    text = f'Of all gates, {_share(zero)} are near 0 (closer than {NEAR:g}) and {_share(one)} near 1.'
     most = max(range(len(layers)), key=lambda i: layers[i].near_zero + layers[i].near_one)
-    if len(layers) > 1 and layers[most].near_zero + layers[most].near_one > 0:
+    if len(layers) > 1 and layers[most].near_zero + layers[most].near_one > 0.001:
         text += (
             f' The most saturated block is `{names[most]}`, with {_share(layers[most].near_zero)} near 0 and '
             f'{_share(layers[most].near_one)} near 1.'

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from .catalog import config_of
-from .errors import UserError, one_line, printable, why
+from .errors import UserError, did_you_mean, one_line, printable, why
 
 IMAGES_A_CLASS = 20  # at least, before a further class is taken
 
@@ -36,7 +36,15 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         transform: What each image is passed through, or None.
     """
 
-    def __init__(self, name: str, source: Any, targets: Sequence[int], all_classes: Sequence[str], limit: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        source: Any,
+        targets: Sequence[int],
+        all_classes: Sequence[str],
+        limit: int,
+        wanted: Sequence[str] = (),
+    ) -> None:
         """
         Args:
             name: See above.
@@ -45,12 +53,19 @@ class LabelledImages(Dataset[tuple[Any, int]]):
             all_classes: Names of its classes.
             limit: Images to take at most: the same number of each class, and of so many classes that each has
                 IMAGES_A_CLASS; classes and images evenly spread.
+            wanted: Names of classes to take in any case.
+
+        Raises:
+            UserError: There is no such class, or it has no images.
         """
-        self.name, self._source, self.all_classes = name, source, tuple(all_classes)
+        self.name, self._source, self.all_classes = name, source, tuple(map(printable, all_classes))
         self.transform: Callable[[Image.Image], Any] | None = None
         kinds, counts = np.unique(np.asarray(targets), return_counts=True)
         most = max(1, limit // min(IMAGES_A_CLASS, int(counts.max())))
-        taken = kinds[_evenly(len(kinds), most)]
+        first = [_place(name, self.all_classes, kinds) for name in wanted]
+        others = [place for place in range(len(kinds)) if place not in first]
+        spread = [others[i] for i in _evenly(len(others), max(0, most - len(set(first))))]
+        taken = kinds[sorted({*first, *spread})]
         own = [np.flatnonzero(np.asarray(targets) == kind) for kind in taken]
         share = _shares([len(indices) for indices in own], limit)
         own = [indices[_evenly(len(indices), n)] for indices, n in zip(own, share, strict=True)]
@@ -98,7 +113,14 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         return printable(reader.samples[place][0]) if reader is not None else f'image {place} of {self.name}'
 
 
-def open_images(data: str | os.PathLike[str], dataset: str, split: str, download: bool, limit: int) -> LabelledImages:
+def open_images(
+    data: str | os.PathLike[str],
+    dataset: str = '',
+    split: str = 'validation',
+    download: bool = False,
+    limit: int = 1000,
+    wanted: Sequence[str] = (),
+) -> LabelledImages:
     """Images of a folder, or of a data set of torchvision's.
 
     Args:
@@ -106,7 +128,7 @@ def open_images(data: str | os.PathLike[str], dataset: str, split: str, download
         dataset: '' for a folder of images; 'torch/NAME' for a data set of torchvision's, as timm names them.
         split: Such as 'validation' or 'train'; timm finds val, eval, test and the like.
         download: Download torchvision's data set into the folder where it is not there.
-        limit: Images to take at most; see `LabelledImages`.
+        limit, wanted: See `LabelledImages`.
 
     Raises:
         UserError: There are no images, no classes, or no such data set.
@@ -125,7 +147,8 @@ def open_images(data: str | os.PathLike[str], dataset: str, split: str, download
     except OSError as e:
         raise UserError(f'{shown} cannot be read: {why(e)}') from None
     except (RuntimeError, ValueError) as e:
-        raise UserError(f'{shown} holds no images that can be used: {one_line(e)}') from None
+        more = '; --dataset-download downloads it' if dataset and not download else ''
+        raise UserError(f'{shown} holds no images that can be used: {one_line(e)}{more}') from None
     if dataset:
         names = [str(name) for name in getattr(source, 'classes', [])]
         targets = [int(target) for target in getattr(source, 'targets', [])]
@@ -140,7 +163,7 @@ def open_images(data: str | os.PathLike[str], dataset: str, split: str, download
             raise UserError(f'{shown} has images without a class; put them into a folder for each class')
     if limit < 2 or len(targets) < 2:
         raise UserError(f'{shown}: one image says nothing of how gates vary from image to image; give two or more')
-    return LabelledImages(name, source, targets, names, limit)
+    return LabelledImages(name, source, targets, names, limit, wanted)
 
 
 def outputs_of(model: nn.Module, images: LabelledImages) -> list[int] | None:
@@ -160,13 +183,23 @@ def outputs_of(model: nn.Module, images: LabelledImages) -> list[int] | None:
     return images.class_indices if number and len(images.all_classes) == number else None
 
 
+def _place(name: str, names: Sequence[str], kinds: Any) -> int:
+    """The place of a class among those that have images."""
+    if name not in names:
+        raise UserError(f'there is no class {printable(name)!r}{did_you_mean(name, names)}')
+    places = np.flatnonzero(kinds == names.index(name))
+    if not len(places):
+        raise UserError(f'there are no images of the class {printable(name)!r}')
+    return int(places[0])
+
+
 def _plain(name: str) -> str:
     return ''.join(c for c in name.casefold() if c.isalnum())
 
 
-def _evenly(count: int, most: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _evenly(count: int, most: int) -> list[int]:
     """At most so many of `count` indices, evenly spread."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
+    return [int(i) for i in np.linspace(0, count - 1, min(count, most)).round()]
 
 
 def _shares(counts: Sequence[int], limit: int) -> list[int]:
