@@ -224,7 +224,16 @@ def weights() -> str:
     return '\n'.join(lines)
 
 
+def gates(name: str, part: str) -> str:
+    """The findings, or the table of the blocks, of a report of `timm-senetv2 gates` in results/gates."""
+    parts = {'findings': '## Findings', 'blocks': '## Block by block'}
+    if part not in parts:
+        raise UserError(f'a report has no part {part!r}{did_you_mean(part, parts)}')
+    text = (RESULTS / 'gates' / name / 'report.md').read_text(encoding='utf-8')
+    return text.partition(f'{parts[part]}\n\n')[2].partition('\n## ')[0].strip()
+
+
 GENERATORS: dict[str, Callable[..., str]] = {
     generator.__name__: generator
-    for generator in (attention, families, imports, integrations, models, runs, speed, summary, tags, weights)
+    for generator in (attention, families, gates, imports, integrations, models, runs, speed, summary, tags, weights)
 }

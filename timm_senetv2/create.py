@@ -96,6 +96,30 @@ def from_checkpoint(
     return model.eval(), checkpoint
 
 
+def pretrained(name: str) -> nn.Module:
+    """A pretrained model by any name that `timm.create_model` takes, of this package or of timm, in eval mode.
+
+    Args:
+        name: A model with or without a tag, 'local-dir:DIR', or 'hf-hub:OWNER/NAME'.
+
+    Raises:
+        UserError: There is no such model, it has no pretrained weights, or they cannot be had.
+    """
+    shown = printable(name)
+    if ':' not in name:
+        base = name.partition('.')[0]
+        if '/' in name or os.sep in name:
+            raise UserError(
+                f'{shown!r} is not a model; write local-dir:DIR for a folder, hf-hub:OWNER/NAME for the Hub'
+            )
+        if not timm.is_model(base) and base not in get_deprecated_models():
+            raise UserError(f'{shown!r} is not a model of timm or of ours{did_you_mean(base, timm.list_models())}')
+    try:
+        return timm.create_model(name, pretrained=True).eval()
+    except Exception as e:  # files, Hub and network each have kinds of their own
+        raise UserError(f'{shown} cannot be loaded: {one_line(e)}') from None
+
+
 def check_options(name: str, model_args: Mapping[str, Any]) -> None:
     """Make sure that a model can be built with these options, without the memory for its weights.
 

@@ -17,10 +17,15 @@ COMMANDS = {
     'convert': 'convert a checkpoint into a folder that timm loads',
     'push': 'put a model on the Hugging Face Hub',
     'cards': 'write the model cards of all released weights',
+    'gates': 'measure and draw what the attention of a model does on your images',
     'train': "run timm's own train.py, validate.py and others",
 }
 # Packages that a subcommand needs and that the package itself does not, by the extra that brings them
-EXTRAS: Extras = {'push': {'hub': ('jinja2', 'pydantic')}, 'cards': {'hub': ('jinja2', 'pydantic')}}
+EXTRAS: Extras = {
+    'push': {'hub': ('jinja2', 'pydantic')},
+    'cards': {'hub': ('jinja2', 'pydantic')},
+    'gates': {'gates': ('matplotlib',)},
+}
 
 
 class Parser(argparse.ArgumentParser):
