@@ -18,9 +18,14 @@ COMMANDS = {
     'push': 'put a model on the Hugging Face Hub',
     'cards': 'write the model cards of all released weights',
     'train': "run timm's own train.py, validate.py and others",
+    'demo': 'serve a page to play with: an image, a model, its gates',
 }
 # Packages that a subcommand needs and that the package itself does not, by the extra that brings them
-EXTRAS: Extras = {'push': {'hub': ('jinja2', 'pydantic')}, 'cards': {'hub': ('jinja2', 'pydantic')}}
+EXTRAS: Extras = {
+    'push': {'hub': ('jinja2', 'pydantic')},
+    'cards': {'hub': ('jinja2', 'pydantic')},
+    'demo': {'demo': ('gradio', 'pytorch_grad_cam')},
+}
 
 
 class Parser(argparse.ArgumentParser):
