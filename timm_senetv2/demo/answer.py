@@ -4,6 +4,8 @@ import sys
 import time
 import traceback
 
+from PIL import Image
+
 from ..errors import UserError
 from . import html
 from .choices import Choices, Loaded
@@ -47,7 +49,7 @@ class Demo:
         deadline = time.monotonic() + self._timeout
         return html.page([self._section(image, wanted, deadline) for wanted in (first, second) if wanted]), True
 
-    def _section(self, image: html.Image.Image, wanted: object, deadline: float) -> str:
+    def _section(self, image: Image.Image, wanted: object, deadline: float) -> str:
         heading = 'This model cannot be used'
         try:
             choice = self.choices.find(wanted)

@@ -12,7 +12,8 @@ from PIL import Image
 from .classify import Answer, Gates
 
 _BINS = 40
-_LEFT, _WIDTH, _ROW, _STRIP = 96, 400, 18, 14
+_ROOM, _ROW, _STRIP = 240, 18, 14
+_LETTER = 6.5  # width of a letter in the picture of the gates
 
 CSS = """
 .sae-answers { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-start; }
@@ -128,31 +129,31 @@ def _strips(gates: Sequence[Gates], means: Sequence[float], summary: str) -> str
     """A row a block: the histogram of its gates as shades, from the lowest to the highest value that a gate takes."""
     first = min(0.0, *(float(np.floor(block.values.min())) for block in gates))
     last = max(1.0, *(float(np.ceil(block.values.max())) for block in gates))
-    room = _WIDTH - _LEFT - 12
+    left = _LETTER * max(6, *(len(block.block) for block in gates)) + 6
     parts = []
     for row, (block, mean) in enumerate(zip(gates, means, strict=True)):
         y = row * _ROW
         counts, _ = np.histogram(block.values, bins=_BINS, range=(first, last))
         parts.append(f'<text x="0" y="{y + 11}" font-size="12" fill="currentColor">{escape(block.block)}</text>')
         parts.append(
-            f'<rect x="{_LEFT}" y="{y}" width="{room}" height="{_STRIP}" fill="currentColor" fill-opacity=".06"/>'
+            f'<rect x="{left:g}" y="{y}" width="{_ROOM}" height="{_STRIP}" fill="currentColor" fill-opacity=".06"/>'
         )
         for i, count in enumerate(counts):
             if count:
                 parts.append(
-                    f'<rect x="{_LEFT + i * room / _BINS:.1f}" y="{y}" width="{room / _BINS:.1f}" height="{_STRIP}" '
+                    f'<rect x="{left + i * _ROOM / _BINS:.1f}" y="{y}" width="{_ROOM / _BINS:.1f}" height="{_STRIP}" '
                     f'fill="#4263eb" fill-opacity="{0.15 + 0.85 * count / counts.max():.2f}"/>'
                 )
-        at = _LEFT + room * (mean - first) / (last - first)
+        at = left + _ROOM * (mean - first) / (last - first)
         parts.append(f'<rect x="{at - 1:.1f}" y="{y - 1}" width="2" height="{_STRIP + 2}" fill="currentColor"/>')
     bottom = len(gates) * _ROW
     for value in (first, (first + last) / 2, last):
-        x = _LEFT + room * (value - first) / (last - first)
+        x = left + _ROOM * (value - first) / (last - first)
         parts.append(
             f'<text x="{x:.1f}" y="{bottom + 12}" font-size="12" fill="currentColor" text-anchor="middle">'
             f'{value:g}</text>'
         )
     return (
-        f'<svg role="img" aria-label="{escape(summary)}" viewBox="0 -2 {_WIDTH} {bottom + 20}" '
+        f'<svg role="img" aria-label="{escape(summary)}" viewBox="0 -2 {left + _ROOM + 12:g} {bottom + 20}" '
         f'xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
     )

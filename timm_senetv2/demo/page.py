@@ -1,6 +1,7 @@
 """The page itself, with Gradio."""
 
 import contextlib
+import errno
 import os
 import socket
 import sys
@@ -148,7 +149,7 @@ def build(choices: Choices, settings: Settings) -> tuple[Any, dict[str, Any]]:
         # Without Gradio's own reading of files and choices, which answers strangers' mistakes with "Error"
         words: dict[str, Any] = dict(preprocess=False, api_visibility='private', concurrency_limit=4)
         inputs, outputs = [image, first, second], [result, image]
-        button.click(answer, inputs, outputs, concurrency_id='answer', **words)
+        button.click(answer, inputs, outputs, concurrency_id='answer', scroll_to_output=True, **words)
         gr.on(
             [image.upload, first.input, second.input],
             answer_if_given,
@@ -163,7 +164,9 @@ def build(choices: Choices, settings: Settings) -> tuple[Any, dict[str, Any]]:
             def answer_example(first: Any, second: Any, path: str = str(example.path)) -> Any:
                 return demo.answer(path, first, None if second == _NONE else second)[0], path
 
-            taken_button.click(answer_example, [first, second], outputs, concurrency_id='answer', **words)
+            taken_button.click(
+                answer_example, [first, second], outputs, concurrency_id='answer', scroll_to_output=True, **words
+            )
 
     theme = gr.themes.Base(
         primary_hue='indigo',
@@ -210,7 +213,7 @@ def _free_port(host: str, port: int) -> int:
     except socket.gaierror:
         raise UserError(f'--host {printable(host)}: there is no such address') from None
     except (OSError, OverflowError, UnicodeError) as e:
-        if isinstance(e, OSError) and e.errno == 98:
+        if isinstance(e, OSError) and e.errno == errno.EADDRINUSE:
             raise UserError(f'port {port} is in use; choose another with --port, or 0 for any that is free') from None
         raise UserError(f'cannot listen on {printable(host)}, port {port}: {why(e)}') from None
 
