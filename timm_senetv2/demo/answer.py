@@ -47,7 +47,8 @@ class Demo:
         except UserError as e:
             return html.page([html.refusal(str(e), 'This image cannot be used')]), False
         deadline = time.monotonic() + self._timeout
-        return html.page([self._section(image, wanted, deadline) for wanted in (first, second) if wanted]), True
+        wanted = [first] if second in (None, '') else [first, second]
+        return html.page([self._section(image, word, deadline) for word in wanted]), True
 
     def _section(self, image: Image.Image, wanted: object, deadline: float) -> str:
         heading = 'This model cannot be used'

@@ -253,4 +253,7 @@ def _check_stranger(name: str) -> None:
         raise UserError(f'{name} could not be loaded: {one_line(e)}') from e
     if architecture not in catalog.names():
         raise UserError(f'{name} is no model of timm-senetv2.')
-    check_options(architecture, model_args or {})
+    try:
+        check_options(architecture, model_args or {})
+    except UserError as e:
+        raise UserError(f'{name} cannot be used: {str(e).removeprefix("--model-kwargs: ")}') from None

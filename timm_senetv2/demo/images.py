@@ -52,7 +52,7 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
             warnings.simplefilter('ignore')  # Pillow warns of large images, which are refused below
             with Image.open(path, formats=FORMATS) as file:
                 _check_size(*file.size)
-                file.draft('RGB', (2048, 2048))  # a JPEG is decoded at a fraction of its size, if it has many pixels
+                file.draft('RGB', (1024, 1024))  # decodes a JPEG at the fraction of its size that still has as many
                 file.load()
                 return _as_seen(file)
     except UserError:

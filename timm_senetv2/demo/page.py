@@ -220,13 +220,12 @@ def _free_port(host: str, port: int) -> int:
 
 @contextlib.contextmanager
 def _environment(folder: str) -> Iterator[None]:
-    """Gradio's and the Hub client's settings for this server, which both take from the environment."""
+    """Gradio's settings for this server that it takes from the environment."""
     here = [
         host for host in (os.environ.get('NO_PROXY') or os.environ.get('no_proxy'), '127.0.0.1', 'localhost') if host
     ]
     wanted = dict(
         GRADIO_ANALYTICS_ENABLED='False',
-        HF_HUB_DISABLE_TELEMETRY='1',
         GRADIO_TEMP_DIR=str(Path(folder).resolve()),
         NO_PROXY=','.join(here),  # Gradio asks its own server whether it is up
         no_proxy=','.join(here),
