@@ -19,12 +19,14 @@ COMMANDS = {
     'cards': 'write the model cards of all released weights',
     'gates': 'measure and draw what the attention of a model does on your images',
     'train': "run timm's own train.py, validate.py and others",
+    'demo': 'serve a page to play with: an image, a model, its gates',
 }
 # Packages that a subcommand needs and that the package itself does not, by the extra that brings them
 EXTRAS: Extras = {
     'push': {'hub': ('jinja2', 'pydantic')},
     'cards': {'hub': ('jinja2', 'pydantic')},
     'gates': {'gates': ('matplotlib',)},
+    'demo': {'demo': ('gradio', 'pytorch_grad_cam')},
 }
 
 
