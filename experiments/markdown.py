@@ -155,7 +155,7 @@ CHOICES = (  # what a reader has, the model to take, why
         'senextv2_50',
         'grouped convs: slower than their multiply-adds on some machines',
     ),
-    ('accuracy first', 'senextv2_101d_32x8d', ''),
+    ('accuracy first', 'senextv2_101d_32x8d', 'large; from ImageNet-1k alone'),
     ('accuracy first, with time and memory', 'senextv2_aa101d_32x8d', 'pretrained on ImageNet-12k, on larger images'),
     ('the most accurate there is here', 'senextv2_aa201d_32x8d', 'for servers'),
     ('32-pixel pictures', 'cifar_senetv2_resnet20', 'trains in minutes; deeper ones up to `110`'),
