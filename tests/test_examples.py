@@ -114,7 +114,7 @@ def test_recall_of_known_answers(detection):
 
 
 def test_detection_trains_on_shapes_and_draws(detection, tmp_path, capsys):
-    arguments = '--images 2 --size 64 --batch-size 2 --epochs 1'.split()
+    arguments = '--images 2 --size 64 --batch-size 2 --epochs 1 --proposals 20'.split()
     detection.main([*arguments, '--picture', str(tmp_path / 'shapes.png')])
     assert 'of the objects' in capsys.readouterr().out
     assert Image.open(tmp_path / 'shapes.png').size[0] > 300
@@ -136,5 +136,5 @@ def test_detection_reads_coco(detection, tmp_path, capsys):
     image, target = data[0]
     assert image.shape == (3, 48, 60) and 0 <= image.min() and image.max() <= 1
     assert target['boxes'].tolist() == [[5, 6, 25, 36]] and target['labels'].tolist() == [90]
-    detection.main(['--coco', str(tmp_path), '--size', '64', '--batch-size', '2', '--epochs', '1'])
+    detection.main(['--coco', str(tmp_path), '--size', '64', '--batch-size', '2', '--epochs', '1', '--proposals', '9'])
     assert 'of the objects' in capsys.readouterr().out

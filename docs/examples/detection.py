@@ -1,7 +1,7 @@
 """Train torchvision's Faster R-CNN over a feature pyramid of a timm-senetv2 trunk: on generated shapes, or on COCO.
 
     python docs/examples/detection.py                                       # shapes; some minutes on a CPU
-    python docs/examples/detection.py --coco data/coco --pretrained --size 800 --epochs 12 --device cuda
+    python docs/examples/detection.py --coco data/coco --pretrained --size 800 --proposals 1000 --device cuda
 
 `--coco data/coco` expects train2017/, val2017/ and annotations/instances_{train,val}2017.json, as COCO unpacks, and
 needs `pip install pycocotools`. Prints after each epoch how many of the objects in held-out images were found (a box of
@@ -92,7 +92,7 @@ class Pyramid(nn.Module):
         return self.fpn({str(i): features for i, features in enumerate(self.trunk(x))})
 
 
-def build(trunk: str, classes: int, size: int, pretrained: bool) -> FasterRCNN:
+def build(trunk: str, classes: int, size: int, pretrained: bool, proposals: int) -> FasterRCNN:
     smallest = max(8, size // 25)
     return FasterRCNN(
         Pyramid(trunk, pretrained),
@@ -101,6 +101,9 @@ def build(trunk: str, classes: int, size: int, pretrained: bool) -> FasterRCNN:
             tuple((smallest * 2**level,) for level in range(5)), ((0.5, 1.0, 2.0),) * 5
         ),
         box_roi_pool=MultiScaleRoIAlign(['0', '1', '2', '3'], output_size=7, sampling_ratio=2),
+        rpn_post_nms_top_n_train=2 * proposals,
+        rpn_post_nms_top_n_test=proposals,
+        box_batch_size_per_image=min(512, proposals),
         min_size=size,
         max_size=round(size * 1.67),
     )
@@ -152,6 +155,7 @@ def main(argv: Sequence[str] | None = None) -> float:
     parser.add_argument('--pretrained', action='store_true', help='start from the ImageNet weights of the trunk')
     parser.add_argument('--coco', metavar='DIR', help="COCO 2017's folder, in place of shapes")
     parser.add_argument('--size', type=int, default=128, help='shorter side of the images')
+    parser.add_argument('--proposals', type=int, default=100, help='boxes of an image that are looked at closely')
     parser.add_argument('--images', type=int, default=128, help='training images, if they are generated')
     parser.add_argument('--epochs', type=int, default=5)
     parser.add_argument('--batch-size', type=int, default=4)
@@ -165,9 +169,9 @@ def main(argv: Sequence[str] | None = None) -> float:
     if args.coco:
         train, test = Coco(args.coco, 'train'), Coco(args.coco, 'val')
     else:
-        train, test = Shapes(args.images, args.size, seed=0), Shapes(32, args.size, seed=1)
+        train, test = Shapes(args.images, args.size, seed=0), Shapes(min(32, args.images), args.size, seed=1)
     loader = DataLoader(train, args.batch_size, shuffle=True, num_workers=args.workers, collate_fn=list)
-    model = build(args.model, train.classes, args.size, args.pretrained).to(args.device)
+    model = build(args.model, train.classes, args.size, args.pretrained, args.proposals).to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr)
     share = 0.0
     for epoch in range(args.epochs):

@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> float:
     if args.voc:
         train, test = (Voc(args.voc, split, args.size, args.download) for split in ('train', 'val'))
     else:
-        train, test = Shapes(args.images, args.size, seed=0), Shapes(64, args.size, seed=1)
+        train, test = Shapes(args.images, args.size, seed=0), Shapes(min(64, args.images), args.size, seed=1)
     batches = dict(batch_size=args.batch_size, num_workers=args.workers)
     loader = DataLoader(train, shuffle=True, drop_last=len(train) > args.batch_size, **batches)
     model = build(args.model, train.classes, args.pretrained).to(args.device)
