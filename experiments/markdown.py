@@ -142,6 +142,41 @@ def summary(device: str) -> str:
     return '\n'.join([*lines, '', caption])
 
 
+CHOICES = (  # what a reader has, the model to take, why
+    ('photographs, a first try', 'senetv2_resnet50', 'the usual size; most pretrained tags'),
+    ('photographs, a CPU or a small GPU', 'senetv2_resnet18', 'the cheapest'),
+    ('the same, a little more time', 'senextv2_26t_32x4d', 'much more accurate for half as much again'),
+    (
+        'more accuracy for the same cost',
+        'senextv2_50',
+        'grouped convs: slower than their multiply-adds on some machines',
+    ),
+    ('accuracy first', 'senextv2_101d_32x8d', 'large; from ImageNet-1k alone'),
+    ('accuracy first, with time and memory', 'senextv2_aa101d_32x8d', 'pretrained on ImageNet-12k, on larger images'),
+    ('the most accurate there is here', 'senextv2_aa201d_32x8d', 'for servers'),
+    ('32-pixel pictures', 'cifar_senetv2_resnet20', 'trains in minutes; deeper ones up to `110`'),
+    ("SEANet's experiments", 'seanet20', 'compare it with a plain network of its size'),
+)
+
+
+def choices(device: str) -> str:
+    """One table to choose by: accuracy of the default weights, size, cost, and speed where it was measured."""
+    found = {model.name: model for model in _models()}
+    speeds = {row['contestant']: row for row in _benchmark(device) if row['experiment'].startswith(BESIDE)}
+    heads = ['You have', 'Take', 'Top-1, % (pixels)', 'Parameters', 'GMACs']
+    heads += ['Images/s'] if speeds else []
+    lines = [f'| {" | ".join(heads)} | Why |', f'|---|---|{"--:|" * (len(heads) - 2)}---|']
+    for situation, name, why in CHOICES:
+        model = found[name]
+        published = [tag.accuracies for tag in model.tags if tag.default and tag.accuracies]
+        cells = [situation, f'`{name}`', _top1(published[0]) if published else '']
+        cells += [f'{_digits(model.params / 1e6)} M', _digits(model.macs / 1e9)]
+        if speeds:
+            cells += [speeds[name]['images_per_s'] if name in speeds else '']
+        lines.append(f'| {" | ".join(cells)} | {why} |')
+    return '\n'.join(lines)
+
+
 def tags() -> str:
     """All tags whose weights are on the Hub: the source, timm's accuracy of it, its licence where it limits use."""
     rows = ['| Tag, bold where it is the default | Source on the Hub | Its top-1, % (pixels) |', '|---|---|---|']
@@ -235,5 +270,18 @@ def gates(name: str, part: str) -> str:
 
 GENERATORS: dict[str, Callable[..., str]] = {
     generator.__name__: generator
-    for generator in (attention, families, gates, imports, integrations, models, runs, speed, summary, tags, weights)
+    for generator in (
+        attention,
+        choices,
+        families,
+        gates,
+        imports,
+        integrations,
+        models,
+        runs,
+        speed,
+        summary,
+        tags,
+        weights,
+    )
 }

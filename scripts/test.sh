@@ -29,7 +29,7 @@ for argument in "$@"; do
 done
 
 # shellcheck disable=SC2086
-use_venv hub gates train export experiments test $extra
+use_venv hub gates train export experiments docs test $extra
 cd "$root"
 export OMP_NUM_THREADS=1  # two processes side by side are faster than two threads in one
 "$python" -m ruff check .

@@ -71,6 +71,17 @@ def fetch() -> Path:
     return folder
 
 
+def _copy_tests(checkout: Path) -> Path:
+    """The folder with a checkout's tests, without its timm folder, so that they import the installed timm."""
+    if not (checkout / 'tests' / 'test_models.py').is_file():
+        sys.exit(f'error: {checkout} has no tests/test_models.py; --timm-repo takes a checkout of timm')
+    folder = CACHE / 'checkout'
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(checkout / 'tests', folder / 'tests')
+    shutil.copy(checkout / 'pyproject.toml', folder)
+    return folder
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -81,6 +92,9 @@ def main() -> int:
     which.add_argument('--fast', action='store_true', help=f'only {", ".join(FAST)}')
     which.add_argument('--rest', action='store_true', help='all models but those of --fast')
     which.add_argument('--models', nargs='+', metavar='NAME', help='only these')
+    parser.add_argument(
+        '--timm-repo', type=Path, metavar='DIR', help='a checkout of the installed timm, in place of the download'
+    )
     parser.add_argument('--pretrained', action='store_true', help='also the tests that download pretrained weights')
     args, pytest_args = parser.parse_known_args()
 
@@ -93,7 +107,7 @@ def main() -> int:
     unknown = sorted(set(chosen) - set(ours))
     if unknown:
         sys.exit(f'error: not a model of timm_senetv2: {", ".join(unknown)}')
-    folder = fetch()
+    folder = _copy_tests(args.timm_repo) if args.timm_repo else fetch()
     environment = dict(
         os.environ,
         PYTHONPATH=os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get('PYTHONPATH')])),

@@ -1,47 +1,165 @@
 """The pages hold what they promise: snippets run, commands and their options exist, links lead somewhere."""
 
+import ast
 import functools
+import importlib.util
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+from hub_server import HubServer
+from PIL import Image
+from safetensors.torch import save
+from snippets import Runner
+
+import timm_senetv2
+from timm_senetv2 import hub
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / 'README.md'
 PAGES = [README, *sorted((ROOT / 'docs').glob('*.md')), ROOT / 'results' / 'README.md', ROOT / 'results' / 'lift.md']
-ONLINE = '<!-- needs the network -->'
-LAUNCHERS = ('timm-senetv2', '-m timm_senetv2', 'scripts/')
+ONLINE = '<!-- needs the network -->'  # in the line above a block
+LAUNCHERS = ('timm-senetv2', '-m timm_senetv2', 'scripts/', 'tests/', 'docs/examples/', 'python -m experiments')
+SLOW = '<!-- slow: '  # in the line above a block: it compiles or converts, which takes a minute
+CONTINUES = '<!-- continues -->'  # in the line above a block that uses files of the block before
+# Where the weights come from that the pages load: on the real Hub, and with random numbers on the one here
+SOURCES = ('seresnet50.ra2_in1k', 'seresnet50.a1_in1k', 'resnet18.a1_in1k')
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    """Fenced blocks, but those that a comment above marks as in need of the network."""
+def blocks(page: Path, language: str) -> list[tuple[str, bool]]:
+    """Fenced blocks, and whether a comment above says that they are slow. One that continues another is part of it.
+
+    Without those that need the network.
+    """
     text = page.read_text(encoding='utf-8')
-    found = re.findall(rf'^({re.escape(ONLINE)}\n)?```{language}\n(.*?)^```', text, flags=re.M | re.S)
-    return [block for online, block in found if not online]
+    found: list[tuple[str, bool]] = []
+    for mark, code in re.findall(rf'^(<!-- [^\n]*\n)? *```{language}\n(.*?)^ *```$', text, flags=re.M | re.S):
+        if mark.startswith(ONLINE):
+            continue
+        code, slow = textwrap.dedent(code), mark.startswith(SLOW)
+        if mark.startswith(CONTINUES):
+            before, slow = found.pop()
+            code = before + code
+        found.append((code, slow))
+    return found
 
 
-SNIPPETS = {f'{page.name}-{i}': block for page in PAGES for i, block in enumerate(blocks(page, 'python'))}
+def lacking(code: str) -> list[str]:
+    """The packages that the code imports and that are not installed here."""
+    imports = [node for node in ast.walk(ast.parse(code)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    modules = [n for i in imports for n in ([i.module] if isinstance(i, ast.ImportFrom) else [a.name for a in i.names])]
+    return sorted({m.split('.')[0] for m in modules if not importlib.util.find_spec(m.split('.')[0])})
+
+
+def snippets() -> Iterator:
+    for page in PAGES:
+        for i, (code, slow) in enumerate(blocks(page, 'python')):
+            marks = [pytest.mark.slow] if slow else []
+            if needed := lacking(code):
+                marks.append(pytest.mark.skip(reason=f'{", ".join(needed)} not installed'))
+            yield pytest.param(code, marks=marks, id=f'{page.name}-{i}')
+
+
 COMMANDS = sorted(
     {
         command.strip()
-        for page in PAGES
-        for block in blocks(page, 'bash')
+        for page in (*PAGES, ROOT / 'CONTRIBUTING.md')
+        for block, _ in blocks(page, 'bash')
         for command in block.replace('\\\n', ' ').splitlines()
         if any(launcher in command for launcher in LAUNCHERS) and not command.startswith(('#', 'pip '))
     }
 )
+CHEAP = [command for command in COMMANDS if command.startswith('timm-senetv2 models')]
 
 
-@pytest.mark.parametrize('snippet', SNIPPETS.values(), ids=SNIPPETS)
-def test_python_snippet_runs(snippet, tmp_path):
-    (tmp_path / 'results').symlink_to(ROOT / 'results')  # nothing else of the clone is at hand
-    done = subprocess.run([sys.executable, '-c', snippet], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture(scope='module')
+def reader(tmp_path_factory) -> Iterator[Runner]:
+    """Runs snippets with a Hub on loopback for the Hub."""
+    folder = tmp_path_factory.mktemp('reader')
+    with HubServer() as server:
+        for source in SOURCES:
+            state = timm.create_model(source.split('.')[0]).state_dict()
+            server.add_repo(f'timm/{source}', {'model.safetensors': save(state)})
+        model = timm.create_model('cifar_senetv2_resnet20')
+        card = hub.render_card(model, 'me/senetv2_resnet50.mine', hub.Facts())
+        hub.write_files(model, folder / 'mine', card, hub.Facts())
+        files = {name: (folder / 'mine' / name).read_bytes() for name in hub.FILES}
+        server.add_repo('me/senetv2_resnet50.mine', files)
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(('HF_', 'HUGGING'))}
+        own = dict(HF_ENDPOINT=server.url, HF_HOME=str(folder / 'hf'), HF_HUB_DISABLE_XET='1')
+        with Runner({**kept, **own}) as runner:
+            yield runner
+
+
+@pytest.fixture
+def desk(tmp_path) -> Path:
+    """A folder with what the pages take for granted: a photo, a folder of images by class, this clone's results."""
+    generator = torch.Generator().manual_seed(0)
+    for i in range(4):
+        for split in ('train', 'val') if i < 2 else ('train',):
+            for name in ('daisy', 'rose'):
+                pixels = torch.randint(0, 256, (40, 40, 3), generator=generator, dtype=torch.uint8)
+                path = tmp_path / 'flowers' / split / name / f'{i}.jpg'
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels.numpy()).save(path)
+    shutil.copy(tmp_path / 'flowers/train/daisy/0.jpg', tmp_path / 'photo.jpg')
+    (tmp_path / 'results').symlink_to(ROOT / 'results')
+    return tmp_path
+
+
+@pytest.mark.parametrize('snippet', snippets())
+def test_python_snippet_runs(snippet, reader, desk):
+    # a reader's pictures fill a batch
+    done = reader.run(snippet.replace('batch_size=32', 'batch_size=4'), desk)
+    assert done.status == 0, done.stderr
     if 'ankle_boot' in snippet:
         assert done.stdout.startswith('Ankle boot')
+
+
+def test_snippets_are_found_and_fail_where_they_are_wrong(reader, tmp_path):
+    assert len(list(snippets())) > 30
+    assert reader.run('import timm\nprint(timm.__name__)', tmp_path) == (0, 'timm\n', '')
+    wrong = reader.run("import timm\ntimm.create_model('senetv2_resnet50', sae_cardinalty=2)", tmp_path)
+    assert wrong.status == 1 and 'sae_cardinalty' in wrong.stderr
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_bash_blocks_parse(page):
+    for block, _ in blocks(page, 'bash'):
+        done = subprocess.run(['bash', '-n'], input=block, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize('command', CHEAP)
+def test_cheap_command_runs(command):
+    words = shlex.split(command)
+    done = subprocess.run([sys.executable, '-m', 'timm_senetv2', *words[1:]], capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) > 2, done.stderr
+
+
+def test_reference_has_every_public_name():
+    text = (ROOT / 'docs' / 'api.md').read_text(encoding='utf-8')
+    named = {name.rpartition('.')[2] for name in re.findall(r'^<!-- api: (\S+) -->$', text, flags=re.M)}
+    assert named == {*timm_senetv2.__all__, *hub.__all__} - {'FILES'}
+
+
+def test_lowest_versions_are_those_of_the_metadata():
+    text = (ROOT / 'docs' / 'versions.md').read_text(encoding='utf-8').replace('huggingface_hub', 'huggingface-hub')
+    project = (ROOT / 'pyproject.toml').read_text(encoding='utf-8')
+    rows = dict(re.findall(r'^\| ([\w-]+) \| ([\d.]+) \|', text, flags=re.M))
+    required = dict(re.findall(r'^    "([\w-]+)>=([\d.]+)",', project.partition('[project.optional')[0], flags=re.M))
+    required['Python'] = re.search(r'requires-python = ">=([\d.]+)"', project)[1]
+    assert {'Python', 'torch', 'timm'} <= set(rows)
+    assert rows == {name: required[name] for name in rows}
 
 
 @functools.cache
@@ -55,7 +173,7 @@ def help_of(*command: str) -> str:
 def test_command_and_its_options_exist(command):
     words = shlex.split(command.split('; do')[-1], comments=True)
     for word in words:
-        if word.startswith('scripts/'):
+        if word.startswith(('scripts/', 'docs/', 'tests/')):
             assert (ROOT / word).exists()
     if 'timm-senetv2' in words or 'timm_senetv2' in words:
         start = words.index('timm-senetv2' if 'timm-senetv2' in words else 'timm_senetv2')
@@ -64,8 +182,12 @@ def test_command_and_its_options_exist(command):
         if subcommand == 'train':
             return  # all but a few options are timm's; the recipes have tests of their own
     else:
-        start = next(i for i, word in enumerate(words) if word.startswith('scripts/'))
+        start = next(i for i, word in enumerate(words) if word.startswith(('scripts/', 'docs/', 'tests/')))
         script, arguments = words[start], words[start + 1 :]
+        if 'pytest' in words or words[0] == 'nox' or script == 'tests/instruction_sets.sh':
+            return  # their arguments are pytest's
+        if script.startswith('docs/'):
+            pytest.importorskip('segmentation_models_pytorch' if 'segmentation' in script else 'torchvision')
         text = help_of(*([sys.executable] if script.endswith('.py') else ['bash']), script)
     for option in [word.partition('=')[0] for word in arguments if word.startswith('--')]:
         assert re.search(rf'(^|[\s,\[]){re.escape(option)}\b', text, flags=re.M), f'no option {option}'

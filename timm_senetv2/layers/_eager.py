@@ -3,8 +3,21 @@
 import torch
 from torch import nn
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as _module
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+try:
+    from torch.nn.modules.module import _has_any_global_hook
+except ImportError:  # torch 2.5 has the hooks, and no function that looks at all of them
+
+    def _has_any_global_hook() -> bool:  # type: ignore[misc]
+        return bool(
+            _module._global_backward_pre_hooks
+            or _module._global_backward_hooks
+            or _module._global_forward_pre_hooks
+            or _module._global_forward_hooks
+        )
+
 
 _MODULE_CALL = nn.Module.__call__
 _METHODS = frozenset({'forward', '_conv_forward', 'squeeze', 'gate', 'scale'})
