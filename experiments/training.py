@@ -4,7 +4,7 @@ import argparse
 import csv
 import pickle
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -135,7 +135,7 @@ def train(
         except ValueError as e:
             raise UserError(f'{spec}: {e}') from None
     training, test = batches.of(model, seed)
-    updates = len(training)
+    updates = len(training) * (settings.epoch_repeats or 1)
     optimizer, scheduler = make_optimizer(model, settings, updates, own.get('attention_lr', 1.0))
     if 'fresh_lr' in own:
         stretch = FreshUnits(model, fresh_units(model, source), own['fresh_lr'])
@@ -167,15 +167,14 @@ def train(
     amp = torch.autocast(device.type, dtype=getattr(torch, settings.amp)) if settings.amp else nullcontext()
 
     for epoch in range(len(history), settings.epochs):
-        epoch_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-        torch.manual_seed(epoch_seed)
+        torch.manual_seed(_seed(seed, epoch))
         started = time.perf_counter()
         if scheduler:
             scheduler.step(epoch)
         forward.train()
         set_training(model)
         total, count = torch.zeros((), device=device), 0
-        for i, (images, targets) in enumerate(training.batches(epoch_seed)):
+        for i, (images, targets) in enumerate(_passes(training, seed, epoch, settings)):
             if scheduler:
                 scheduler.step_update(epoch * updates + i)
             with amp:
@@ -205,6 +204,17 @@ def train(
         after_epoch(epoch + 1, ema.module if ema else model)
         progress(epoch + 1, history)
     return ema.module if ema else model, history
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def _passes(training: Any, seed: int, epoch: int, settings: Settings) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The batches of an epoch; each of its passes over the images has an order and an augmentation of its own."""
+    yield from training.batches(_seed(seed, epoch))
+    for repeat in range(1, settings.epoch_repeats or 1):
+        yield from training.batches(_seed(seed, epoch, repeat))
 
 
 @torch.inference_mode()

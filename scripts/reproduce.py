@@ -76,6 +76,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--per-class', type=int, metavar='N', help='train on only N images of each class, others for each seed'
     )
+    parser.add_argument(
+        '--epoch-repeats',
+        type=int,
+        metavar='N',
+        help='passes over the training images in one epoch, after which it is tested: for few images (default: 1)',
+    )
     parser.add_argument('--image-size', type=int, metavar='N', help="side of the input (default: the model's)")
     parser.add_argument(
         '--workers', type=int, default=4, metavar='N', help='processes that read an image folder (default: 4)'
