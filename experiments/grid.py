@@ -7,7 +7,7 @@ folders and returns its rows, so an executor may call it anywhere.
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from timm_senetv2.errors import UserError, one_line, printable
 from timm_senetv2.files import output_folder
 from timm_senetv2.profile import Profile, count
 
+from . import fresh
 from .batches import Batches
 from .data import ImageData, load_dataset
 from .files import FORMAT, TOOL, Row, add_run, check_out, owned, read_results, rows_of, write_text
@@ -52,6 +53,7 @@ class Job:
     init: str | None = None
     save_weights: bool = False
     keep_checkpoints: bool = False
+    measure_fresh: bool = False
 
     def load(self) -> tuple[Batches, Source | None]:
         """The images and the weights to start from."""
@@ -66,6 +68,7 @@ class Made:
     run: Run
     row: dict[str, Any]
     curve: list[dict[str, Any]]
+    fresh: list[dict[str, Any]] = field(default_factory=list)  # for fresh.csv
 
 
 Executor = Callable[[Sequence[Run], Job, Batches, Source | None, tqdm], Iterator[Made]]
@@ -94,7 +97,11 @@ def make_run(run: Run, job: Job, batches: Batches, source: Source | None, progre
     """
     torch.backends.cudnn.deterministic = True
     settings = job.settings
-    model, history = train(run.spec, run.seed, settings, batches, source, job.out / 'runs' / run.name, progress)
+    run_dir = job.out / 'runs' / run.name
+    watched: dict[str, Any] = {}
+    if job.measure_fresh and run.spec.start == 'lift' and source is not None:
+        watched = dict(after_epoch=fresh.watch(source, batches, run.seed, run_dir / 'fresh.csv'))
+    model, history = train(run.spec, run.seed, settings, batches, source, run_dir, progress, **watched)
     costs = profile(run.spec, batches, source)
     if job.save_weights:
         with output_folder(job.out / 'weights' / run.name, TOOL) as folder:
@@ -129,7 +136,7 @@ def make_run(run: Run, job: Job, batches: Batches, source: Source | None, progre
         processor=torch.cuda.get_device_name() if settings.device == 'cuda' else platform.machine(),
         command=job.command,
     )
-    return Made(run, row, curve)
+    return Made(run, row, curve, fresh.rows(run_dir / 'fresh.csv', columns) if watched else [])
 
 
 def profile(spec: ModelSpec, batches: Batches, source: Source | None = None) -> Profile:
@@ -202,6 +209,8 @@ def reproduce(
             mininterval=1,
         ) as bar:
             for made in executor(left, job, batches, source, bar):
+                if made.fresh:
+                    fresh.add(job.out, made.fresh)
                 add_run(job.out, made.row, made.curve)
                 if not job.keep_checkpoints:
                     shutil.rmtree(job.out / 'runs' / made.run.name, ignore_errors=True)
@@ -262,4 +271,5 @@ def report(out: Path, settings: Settings, baseline: str) -> str:
     write_text(out / 'table.md', text)
     write_text(out / 'accuracy_vs_parameters.png', plot_accuracy(rows))
     write_text(out / 'curves.png', plot_curves([row for row in curves if row['run'] in runs]))
+    fresh.draw(out)
     return text

@@ -151,6 +151,48 @@ def plot_curves(rows: list[Row]) -> bytes:
         return _png(figure)
 
 
+def plot_fresh(rows: list[Row]) -> bytes:
+    """What the hidden units that a lift added do, by epoch: a line (mean over seeds) a model. A PNG."""
+    from matplotlib.figure import Figure
+
+    models = by_model(rows)
+    panels = (
+        (
+            'size of the fresh columns of fc2',
+            "share of the size of the source's",
+            lambda row: float(row['norm_ratio']),
+        ),
+        ('images that fire a fresh unit', 'percent', lambda row: float(row['firing'])),
+        (
+            'accuracy lost by setting them to zero',
+            'percentage points',
+            lambda row: float(row['accuracy']) - float(row['without']),
+        ),
+    )
+    with _style():
+        figure = Figure(figsize=(11, 3.6 + 0.12 * len(models)), layout='constrained')
+        for axes, (title, unit, value) in zip(figure.subplots(1, 3), panels, strict=True):
+            for (model, own), colour in zip(models.items(), _colours(len(models)), strict=True):
+                by_epoch: dict[int, list[float]] = {}
+                for row in own:
+                    by_epoch.setdefault(int(row['epoch']), []).append(value(row))
+                x = sorted(by_epoch)
+                label = model if axes is figure.axes[0] else None
+                axes.plot(x, [np.mean(by_epoch[e]) for e in x], 'o-', color=colour, markersize=3.5, label=label)
+                if len(models) <= 4:
+                    low, high = ([limit(by_epoch[e]) for e in x] for limit in (min, max))
+                    axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+            axes.spines[['top', 'right']].set_visible(False)
+            axes.grid(alpha=0.25)
+            axes.set_ylim(min(0, axes.get_ylim()[0]))
+            axes.set_title(title, fontsize=10)
+            axes.set_ylabel(unit)
+            axes.set_xlabel('epoch')
+            axes.locator_params(axis='x', integer=True)
+        figure.legend(loc='outside lower center', ncols=2, fontsize=8, frameon=False)
+        return _png(figure)
+
+
 @dataclass(frozen=True)
 class Curve:
     """How one model's training went, a value an epoch: mean cross-entropy, and accuracy in percent."""

@@ -118,7 +118,7 @@ _TRAINING: dict[str, Any] = {'epochs': 1, 'lr': 0.0, 'attention_lr': 0.0, 'train
 STARTS: dict[str, dict[str, Any]] = {
     'scratch': _TRAINING,
     'continue': _TRAINING,
-    'lift': {**_TRAINING, 'fresh_lr': 0.0},
+    'lift': {**_TRAINING, 'fresh_lr': 0.0, 'fresh_init': ('kaiming', 'small', 'copy')},
     'add_attention': {**_TRAINING, 'reduction': 1, 'cardinality': 1},
 }
 

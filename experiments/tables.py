@@ -47,11 +47,10 @@ def caption(rows: list[Row], baseline: str) -> str:
         )
     return (
         f'{row["dataset"]}{limit}{few}{size}, protocol {row["protocol"]}: {row["opt"]}, lr {row["lr"]}, weight decay '
-        f'{row["weight_decay"]}, batch {row["batch_size"]}, {row["epochs"]} epochs{passes}.{starts} Accuracy on the test '
-        f'images after '
-        f'the last epoch, mean ± standard deviation over seeds; the best epoch is chosen on the test images, hence '
-        f'optimistic. Difference: to `{baseline}` after the last epoch, paired by seed, with its 95 % interval '
-        f'(Student t), or of other seeds and then marked as unpaired (Welch).\n'
+        f'{row["weight_decay"]}, batch {row["batch_size"]}, {row["epochs"]} epochs{passes}.{starts} Accuracy on the '
+        f'test images after the last epoch, mean ± standard deviation over seeds; the best epoch is chosen on the test '
+        f'images, hence optimistic. Difference: to `{baseline}` after the last epoch, paired by seed, with its 95 % '
+        f'interval (Student t), or of other seeds and then marked as unpaired (Welch).\n'
     )
 
 

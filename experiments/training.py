@@ -114,7 +114,8 @@ def train(
         source: The weights that a spec may start from.
         run_dir: Where a checkpoint is kept; training goes on from its last finished epoch. None keeps none.
         progress: Called after each batch.
-        after_epoch: Called after each epoch, in evaluation mode; not for those that were finished before.
+        after_epoch: Called after each epoch, in evaluation mode, before its checkpoint is written; not for those that
+            were finished before.
 
     Returns:
         The model (its moving average where there is one) and its history.
@@ -196,12 +197,12 @@ def train(
         test_loss, accuracy = evaluate(ema.module if ema else forward, test.batches(0), amp)
         row = (epoch, optimizer.param_groups[0]['lr'], train_loss, test_loss, accuracy, time.perf_counter() - started)
         history.append(dict(zip(HISTORY, row, strict=True)))
+        after_epoch(epoch + 1, ema.module if ema else model)
         if saver is not None and run_dir is not None:
             # first the history, then the checkpoint: a history that is ahead is cut on resuming, one that lags is not
             # made
             write_csv(run_dir / 'history.csv', HISTORY, history)
             save_checkpoint(saver, epoch, accuracy, run_dir)
-        after_epoch(epoch + 1, ema.module if ema else model)
         progress(epoch + 1, history)
     return ema.module if ema else model, history
 

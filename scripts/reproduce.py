@@ -17,6 +17,9 @@ A classifier for other classes is new. Of one model's training may be given afte
   epochs=N, lr=X           in place of the grid's
   train_only=attention     all else stays as it is, but for a new classifier; norms keep their statistics
   attention_lr=X           learning rate of the attention layers, as a multiple
+  fresh_init=kaiming       start of the hidden units that @lift adds: He's normal distribution in their rows of fc1;
+             small         small numbers in place of zeros in their columns of fc2, so that logits change a little;
+             copy          the source's rows of fc1 again, and a tenth of fresh ones
   fresh_lr=X               of the hidden units that @lift adds, as a multiple, with an optimizer whose steps are
                            proportional to the learning rate (sgd, adam, adamw, ...)
 
@@ -91,6 +94,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action='store_true',
         help="write each run's final weights to OUT/weights/RUN, which timm loads as local-dir:OUT/weights/RUN",
     )
+    parser.add_argument(
+        '--measure-fresh',
+        action='store_true',
+        help='write fresh.csv and fresh.png: what the hidden units that @lift adds do, by epoch',
+    )
     parser.add_argument('--keep-checkpoints', action='store_true', help='keep the checkpoints of finished runs')
 
     protocol = parser.add_argument_group('protocol')
@@ -156,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         init=args.init,
         save_weights=args.save_weights,
         keep_checkpoints=args.keep_checkpoints,
+        measure_fresh=args.measure_fresh,
     )
     print(reproduce(args.models, args.seeds, job, args.baseline))
 
