@@ -223,6 +223,18 @@ def runs(name: str, baseline: str) -> str:
     return tables.page(results, baseline)
 
 
+def fresh(name: str) -> str:
+    """What became of the hidden units that the lifts of a folder added, by epoch."""
+    rows = read(RESULTS / 'runs' / name / 'fresh.csv')
+    return (
+        f'{tables.fresh_table(rows)}\n'
+        'Means over seeds and layers, on the test images. Columns: the root mean square of the norms of the new '
+        'columns of `fc2`, over that of the others. An image fires a unit that is above zero; a unit that none fires '
+        'is silent. Without them: after their columns are set to zero again, less the accuracy before, paired by '
+        'seed, with its 95 % interval (Student t).'
+    )
+
+
 def weights() -> str:
     """The weights that the package carries, and the accuracies of the runs they come from."""
     results = {row['run']: row for row in read_results(RESULTS / 'runs' / 'fmnist')[0]}
@@ -235,5 +247,5 @@ def weights() -> str:
 
 GENERATORS: dict[str, Callable[..., str]] = {
     generator.__name__: generator
-    for generator in (attention, families, imports, models, runs, speed, summary, tags, weights)
+    for generator in (attention, families, fresh, imports, models, runs, speed, summary, tags, weights)
 }

@@ -58,3 +58,24 @@ def page(rows: list[Row], baseline: str) -> str:
     """The commands that made the runs, their table and its caption: table.md."""
     commands = ''.join(f'{command}\n' for command in dict.fromkeys(row['command'] for row in rows))
     return f'```bash\n{commands}```\n\n{table(rows, baseline)}\n{caption(rows, baseline)}'
+
+
+def fresh_table(rows: list[Row]) -> str:
+    """What became of the hidden units that lifts added, by epoch: means over seeds, the loss of accuracy with its
+    interval, in Markdown."""
+    lines = [
+        "| model | epoch | runs | their columns, % of the source's | images that fire one, % | of the source's, % "
+        '| silent, % | accuracy without them, points |',
+        '|---|--:|--:|--:|--:|--:|--:|--:|',
+    ]
+    for model, own in by_model(rows).items():
+        for epoch in sorted({int(row['epoch']) for row in own}):
+            now = [row for row in own if int(row['epoch']) == epoch]
+            mean = {key: np.mean([float(row[key]) for row in now]) for key in ('firing', 'known_firing', 'silent')}
+            size = 100 * np.mean([float(row['norm_ratio']) for row in now])
+            with_, without = ({row['seed']: float(row[key]) for row in now} for key in ('accuracy', 'without'))
+            lines.append(
+                f'| `{model}` | {epoch} | {len(now)} | {size:.1f} | {mean["firing"]:.1f} | {mean["known_firing"]:.1f} '
+                f'| {mean["silent"]:.1f} | {difference(without, with_)} |'
+            )
+    return '\n'.join(lines) + '\n'
