@@ -20,11 +20,11 @@ from timm_senetv2.errors import UserError, one_line, printable
 from timm_senetv2.files import output_folder
 from timm_senetv2.profile import Profile, count
 
-from . import fresh
+from . import fresh, step_time
 from .batches import Batches
 from .data import ImageData, load_dataset
 from .files import FORMAT, TOOL, Row, add_run, check_out, owned, read_results, rows_of, write_text
-from .plots import plot_accuracy, plot_curves
+from .plots import plot_accuracy, plot_cost, plot_curves
 from .settings import ModelSpec, Settings, parse_specs, run_id
 from .tables import page
 from .training import History, Progress, check_optimizer, train
@@ -54,6 +54,7 @@ class Job:
     save_weights: bool = False
     keep_checkpoints: bool = False
     measure_fresh: bool = False
+    step_time: bool = False
 
     def load(self) -> tuple[Batches, Source | None]:
         """The images and the weights to start from."""
@@ -218,6 +219,9 @@ def reproduce(
                     f'{made.run.spec} seed {made.run.seed}: accuracy {float(made.row["accuracy"]):.2f} % after '
                     f'{len(made.curve)} epochs, best {float(made.row["best_accuracy"]):.2f} %'
                 )
+        if job.step_time:
+            timed = specs if reference in map(str, specs) else [*parse_specs(reference), *specs]
+            step_time.write(job.out, step_time.step_times(timed, reference, settings, batches, source, job.command))
         return report(job.out, settings, reference)
 
 
@@ -272,4 +276,7 @@ def report(out: Path, settings: Settings, baseline: str) -> str:
     write_text(out / 'accuracy_vs_parameters.png', plot_accuracy(rows))
     write_text(out / 'curves.png', plot_curves([row for row in curves if row['run'] in runs]))
     fresh.draw(out)
+    if times := step_time.read(out):
+        write_text(out / 'accuracy_vs_cost.png', plot_cost(rows, times))
+        text += f'\n{step_time.table(times, results)}'
     return text

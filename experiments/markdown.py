@@ -13,7 +13,7 @@ from pathlib import Path
 from timm_senetv2 import catalog
 from timm_senetv2.errors import UserError, did_you_mean
 
-from . import tables
+from . import step_time, tables
 from .benchmark import report
 from .benchmark.suite import BESIDE, TRIOS
 from .files import read_results
@@ -235,6 +235,15 @@ def fresh(name: str) -> str:
     )
 
 
+def step_times(name: str) -> str:
+    """What the models of a folder of runs cost: parameters, multiply-adds and the times of a step; and the command."""
+    folder = RESULTS / 'runs' / name
+    rows = step_time.read(folder)
+    if not rows:
+        raise UserError(f'results/runs/{name} holds no step times')
+    return f'```bash\n{rows[0]["command"]}\n```\n\n{step_time.table(rows, read_results(folder)[0])}'
+
+
 def weights() -> str:
     """The weights that the package carries, and the accuracies of the runs they come from."""
     results = {row['run']: row for row in read_results(RESULTS / 'runs' / 'fmnist')[0]}
@@ -247,5 +256,5 @@ def weights() -> str:
 
 GENERATORS: dict[str, Callable[..., str]] = {
     generator.__name__: generator
-    for generator in (attention, families, fresh, imports, models, runs, speed, summary, tags, weights)
+    for generator in (attention, families, fresh, imports, models, runs, speed, step_times, summary, tags, weights)
 }

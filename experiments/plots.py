@@ -1,7 +1,7 @@
 """Pictures: accuracy and curves of a grid of runs, and what the quickstart's model makes of images."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -147,6 +147,40 @@ def plot_curves(rows: list[Row]) -> bytes:
         axes.set_ylabel('test accuracy, %')
         title = 'mean over seeds' if len(models) > 6 else 'mean and range over seeds'
         axes.set_title(f'test accuracy by epoch: {title}', fontsize=10)
+        figure.legend(loc='outside lower center', ncols=2, fontsize=8, frameon=False)
+        return _png(figure)
+
+
+def plot_cost(rows: list[Row], times: Sequence[Row]) -> bytes:
+    """Accuracy against parameters, multiply-adds and the time of a training step, a point a model. A PNG."""
+    from matplotlib.figure import Figure
+
+    steps = {row['model']: float(row['ms']) for row in times if row['mode'] == 'training'}
+    models = {model: runs for model, runs in by_model(rows).items() if model in steps}
+    costs: tuple[tuple[str, Callable[[str], float]], ...] = (
+        ('parameters, millions', lambda model: int(models[model][0]['parameters']) / 1e6),
+        ('multiply-adds, millions', lambda model: float(models[model][0]['gmacs']) * 1e3),
+        ('training step, ms', lambda model: steps[model]),
+    )
+    with _style():
+        figure = Figure(figsize=(11, 4 + 0.12 * len(models)), layout='constrained')
+        markers = _MARKERS * len(models)
+        for axes, (title, cost) in zip(figure.subplots(1, 3, sharey=True), costs, strict=True):
+            for model, colour, marker in zip(models, _colours(len(models)), markers, strict=False):
+                values = [float(row['accuracy']) for row in models[model]]
+                deviation = np.std(values, ddof=1) if len(values) > 1 else None
+                label = model if axes is figure.axes[0] else None
+                axes.errorbar(cost(model), np.mean(values), deviation, fmt=marker, color=colour, capsize=3, label=label)
+            axes.set_xscale('log')
+            axes.margins(x=0.15)
+            narrow = np.divide(*axes.get_xlim()[::-1]) < 10
+            axes.xaxis.set_major_formatter(lambda value, _: f'{value:g}')
+            axes.xaxis.set_minor_formatter((lambda value, _: f'{value:.4g}') if narrow else (lambda value, _: ''))
+            axes.tick_params(axis='x', which='both', labelsize=8, labelrotation=45)
+            axes.spines[['top', 'right']].set_visible(False)
+            axes.grid(alpha=0.25)
+            axes.set_xlabel(title)
+        figure.axes[0].set_ylabel('test accuracy after the last epoch, %')
         figure.legend(loc='outside lower center', ncols=2, fontsize=8, frameon=False)
         return _png(figure)
 

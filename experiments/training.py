@@ -94,6 +94,65 @@ def check_optimizer(settings: Settings) -> None:
         raise UserError(f'--opt {settings.opt} cannot be used here: {one_line(e)}') from None
 
 
+def start(spec: ModelSpec, settings: Settings, batches: Batches, source: Source | None) -> torch.nn.Module:
+    """The model where its training starts, on its device, with the parameters frozen that stay.
+
+    Raises:
+        UserError: It cannot be built, or has no attention where only that shall train.
+    """
+    model = build(spec, len(batches.data.classes), source).to(settings.device)
+    if settings.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if dict(spec.start_options).get('train_only') == 'attention':
+        try:
+            freeze_all_but_attention(model, source if spec.start != 'scratch' else None)
+        except ValueError as e:
+            raise UserError(f'{spec}: {one_line(e)}') from None
+    return model
+
+
+def start_optimizer(
+    model: torch.nn.Module, spec: ModelSpec, settings: Settings, updates: int, source: Source | None
+) -> tuple[torch.optim.Optimizer, Scheduler | None]:
+    """The optimizer and scheduler that the model's word asks for."""
+    own: dict[str, Any] = dict(spec.start_options)
+    optimizer, scheduler = make_optimizer(model, settings, updates, own.get('attention_lr', 1.0))
+    if 'fresh_lr' in own:
+        stretch = FreshUnits(model, fresh_units(model, source), own['fresh_lr'])
+        optimizer.register_step_pre_hook(stretch.before_step)
+        optimizer.register_step_post_hook(stretch.after_step)
+    return optimizer, scheduler
+
+
+def autocast(settings: Settings) -> Any:
+    """The context of a forward pass."""
+    if settings.amp:
+        return torch.autocast(torch.device(settings.device).type, dtype=getattr(torch, settings.amp))
+    return nullcontext()
+
+
+def update(
+    forward: Any,
+    images: torch.Tensor,
+    targets: torch.Tensor,
+    settings: Settings,
+    amp: Any,
+    optimizer: torch.optim.Optimizer,
+    scaler: NativeScaler | None,
+) -> torch.Tensor:
+    """One step of training; returns the loss."""
+    with amp:
+        logits = forward(images)
+    loss = F.cross_entropy(logits.float(), targets, label_smoothing=settings.label_smoothing)
+    if scaler:
+        scaler(loss, optimizer)
+    else:
+        loss.backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
 def train(
     spec: ModelSpec,
     seed: int,
@@ -124,24 +183,12 @@ def train(
         UserError: The model, the checkpoint's images or the disk do not permit it.
     """
     settings = spec.settings(settings)
-    own: dict[str, Any] = dict(spec.start_options)
     device = torch.device(settings.device)
     torch.manual_seed(seed)
-    model = build(spec, len(batches.data.classes), source).to(device)
-    if settings.channels_last:
-        model.to(memory_format=torch.channels_last)
-    if own.get('train_only') == 'attention':
-        try:
-            freeze_all_but_attention(model, source if spec.start != 'scratch' else None)
-        except ValueError as e:
-            raise UserError(f'{spec}: {e}') from None
+    model = start(spec, settings, batches, source)
     training, test = batches.of(model, seed)
     updates = len(training) * (settings.epoch_repeats or 1)
-    optimizer, scheduler = make_optimizer(model, settings, updates, own.get('attention_lr', 1.0))
-    if 'fresh_lr' in own:
-        stretch = FreshUnits(model, fresh_units(model, source), own['fresh_lr'])
-        optimizer.register_step_pre_hook(stretch.before_step)
-        optimizer.register_step_post_hook(stretch.after_step)
+    optimizer, scheduler = start_optimizer(model, spec, settings, updates, source)
     scaler = NativeScaler(device=device.type) if settings.amp == 'float16' else None
     ema = ModelEmaV3(model, decay=settings.ema_decay, use_warmup=True) if settings.ema_decay else None
 
@@ -165,7 +212,7 @@ def train(
     progress(len(history), history)
 
     forward: Any = torch.compile(model) if settings.compile else model
-    amp = torch.autocast(device.type, dtype=getattr(torch, settings.amp)) if settings.amp else nullcontext()
+    amp = autocast(settings)
 
     for epoch in range(len(history), settings.epochs):
         torch.manual_seed(_seed(seed, epoch))
@@ -178,18 +225,10 @@ def train(
         for i, (images, targets) in enumerate(_passes(training, seed, epoch, settings)):
             if scheduler:
                 scheduler.step_update(epoch * updates + i)
-            with amp:
-                logits = forward(images)
-            loss = F.cross_entropy(logits.float(), targets, label_smoothing=settings.label_smoothing)
-            if scaler:
-                scaler(loss, optimizer)
-            else:
-                loss.backward()
-                optimizer.step()
-            optimizer.zero_grad()
+            loss = update(forward, images, targets, settings, amp, optimizer, scaler)
             if ema:
                 ema.update(model, step=epoch * updates + i)
-            total += loss.detach() * len(targets)
+            total += loss * len(targets)
             count += len(targets)
             if i + 1 < updates:
                 progress(epoch + (i + 1) / updates, history)

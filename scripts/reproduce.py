@@ -99,6 +99,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action='store_true',
         help='write fresh.csv and fresh.png: what the hidden units that @lift adds do, by epoch',
     )
+    parser.add_argument(
+        '--step-time',
+        action='store_true',
+        help='at the end time a step of training and of inference of each model, in turn; on a machine that does '
+        'nothing else; writes step_times.csv and accuracy_vs_cost.png',
+    )
     parser.add_argument('--keep-checkpoints', action='store_true', help='keep the checkpoints of finished runs')
 
     protocol = parser.add_argument_group('protocol')
@@ -165,6 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_weights=args.save_weights,
         keep_checkpoints=args.keep_checkpoints,
         measure_fresh=args.measure_fresh,
+        step_time=args.step_time,
     )
     print(reproduce(args.models, args.seeds, job, args.baseline))
 
