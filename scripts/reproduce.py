@@ -149,9 +149,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
     args = parse_args(argv)
-    command = shlex.join(['python', 'scripts/reproduce.py', *(sys.argv[1:] if argv is None else argv)])
+    command = command or shlex.join(['python', 'scripts/reproduce.py', *(sys.argv[1:] if argv is None else argv)])
 
     from experiments.grid import Job, reproduce
     from experiments.settings import make_settings
