@@ -117,6 +117,7 @@ def _words(options: tuple[tuple[str, Any], ...]) -> str:
 _TRAINING: dict[str, Any] = {'epochs': 1, 'lr': 0.0, 'attention_lr': 0.0, 'train_only': ('attention',)}
 STARTS: dict[str, dict[str, Any]] = {
     'scratch': _TRAINING,
+    'keep': {},
     'continue': _TRAINING,
     'lift': {**_TRAINING, 'fresh_lr': 0.0, 'fresh_init': ('kaiming', 'small', 'copy')},
     'add_attention': {**_TRAINING, 'reduction': 1, 'cardinality': 1},

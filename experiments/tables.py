@@ -42,6 +42,7 @@ def caption(rows: list[Row], baseline: str) -> str:
     if any('@' in row['model'] for row in rows):
         starts = (
             ' What follows @ is how a model starts, and what of its training differs from the others'
+            + (' (@keep: not trained)' if any('@keep' in row['model'] for row in rows) else '')
             + (f'; the weights at the start have the SHA-256 {row["init"]}' if row.get('init') else '')
             + '.'
         )

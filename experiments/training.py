@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import math
 import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -187,12 +188,19 @@ def train(
     torch.manual_seed(seed)
     model = start(spec, settings, batches, source)
     training, test = batches.of(model, seed)
+    if spec.start == 'keep':
+        started = time.perf_counter()
+        test_loss, accuracy = evaluate(model, test.batches(0), autocast(settings))
+        row = (0, 0.0, math.nan, test_loss, accuracy, time.perf_counter() - started)
+        history: History = [dict(zip(HISTORY, row, strict=True))]
+        progress(settings.epochs, history)
+        return model, history
     updates = len(training) * (settings.epoch_repeats or 1)
     optimizer, scheduler = start_optimizer(model, spec, settings, updates, source)
     scaler = NativeScaler(device=device.type) if settings.amp == 'float16' else None
     ema = ModelEmaV3(model, decay=settings.ema_decay, use_warmup=True) if settings.ema_decay else None
 
-    history: History = []
+    history = []
     saver = None
     if run_dir is not None:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """How a model starts: from scratch, or from weights of another training, lifted or with attention added.
 
     MODEL                  from scratch
+    MODEL@keep             the weights of --init, which are of the same architecture and are not trained
     MODEL@continue         from the weights of --init, which are of the same architecture
     MODEL@lift             MODEL has SaE, --init has SE in the same places: its hidden units, and fresh ones beside them
     MODEL@add_attention    from the weights of --init without attention, then `timm_senetv2.add_attention`
@@ -92,6 +93,11 @@ def build(spec: ModelSpec, num_classes: int, source: Source | None = None, shape
     load = spec.start != 'scratch'
     if load and source is None:
         raise UserError(f'{spec} starts from trained weights; say which by --init')
+    if spec.start == 'keep' and source is not None and source.num_classes != num_classes:
+        raise UserError(
+            f'{spec}: the weights of --init tell {source.num_classes} classes apart, and there are {num_classes}; '
+            f'give @continue, which trains a new classifier'
+        )
     weights: dict[str, Any] = dict(pretrained=False)
     if load and not shapes_only:
         assert source is not None

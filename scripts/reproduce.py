@@ -7,6 +7,7 @@ A model is a timm name, with options after a colon: cifar_senetv2_resnet20:sae_c
 Python literals; values parted by | make a grid: 'cifar_senetv2_resnet20:sae_cardinality=1|2|4|8,sae_reduction=8|16|32'.
 
 It starts from scratch, or, after an @, from the weights of --init:
+  MODEL@keep           weights of the same architecture, tested as they are
   MODEL@continue       weights of the same architecture
   MODEL@lift           weights with SE, into a model with SaE in the same places and more hidden units
   MODEL@add_attention  weights without attention; then SaE is added, reduction=32,cardinality=4 unless given. Before
