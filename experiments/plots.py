@@ -1,14 +1,14 @@
 """Pictures: accuracy and curves of a grid of runs, and what the quickstart's model makes of images."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .files import Row, by_model
-from .statistics import mean_sd
+from .statistics import Difference, mean_sd
 
 if TYPE_CHECKING:
     import torch
@@ -148,6 +148,49 @@ def plot_curves(rows: list[Row]) -> bytes:
         title = 'mean over seeds' if len(models) > 6 else 'mean and range over seeds'
         axes.set_title(f'test accuracy by epoch: {title}', fontsize=10)
         figure.legend(loc='outside lower center', ncols=2, fontsize=8, frameon=False)
+        return _png(figure)
+
+
+FAR = 4.0  # percentage points: a difference beyond is an arrow with its figure, lest the others lie on one line
+
+
+def plot_differences(panels: Mapping[str, Mapping[str, Difference]], title: str) -> bytes:
+    """Differences in accuracy with their 95 % intervals, a panel a setting. A PNG."""
+    from matplotlib.figure import Figure
+
+    heights = [len(rows) + 1.2 for rows in panels.values()]
+    with _style():
+        figure = Figure(figsize=(9, 0.8 + 0.3 * sum(heights)), layout='constrained')
+        column = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+        near = [
+            abs(end)
+            for rows in panels.values()
+            for gap in rows.values()
+            for end in (gap.mean, gap.low, gap.high)
+            if abs(gap.mean) <= FAR and np.isfinite(end)
+        ]
+        reach = 1.1 * max([*near, 0.5])
+        for axes, (name, rows) in zip(column, panels.items(), strict=True):
+            for y, gap in enumerate(rows.values()):
+                if abs(gap.mean) > FAR:
+                    side = np.sign(gap.mean)
+                    axes.plot(side * reach * 0.98, y, '<' if side < 0 else '>', color=WRONG, markersize=6)
+                    axes.annotate(
+                        str(gap), (side * reach * 0.95, y), ha='left' if side < 0 else 'right', va='center', fontsize=8
+                    )
+                    continue
+                certain = gap.low > 0 or gap.high < 0
+                axes.plot([gap.low, gap.high], [y, y], color=COLOURS[3] if certain else COLOURS[0], linewidth=2)
+                axes.plot(gap.mean, y, 'o', color=COLOURS[3] if certain else COLOURS[0], markersize=5.5)
+            axes.axvline(0, color=INK, linewidth=0.8)
+            axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+            axes.set_ylim(len(rows) - 0.4, -0.6)
+            axes.set_xlim(-reach, reach)
+            axes.set_title(name, fontsize=9, loc='left', fontweight='bold')
+            axes.spines[['top', 'right', 'left']].set_visible(False)
+            axes.tick_params(axis='y', length=0)
+            axes.grid(axis='x', alpha=0.25)
+        column[-1].set_xlabel(f'{title}\nmean and 95 % interval, paired by seed; blue: the interval leaves out zero')
         return _png(figure)
 
 
