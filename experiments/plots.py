@@ -248,6 +248,7 @@ def plot_fresh(rows: list[Row]) -> bytes:
     )
     with _style():
         figure = Figure(figsize=(11, 3.6 + 0.12 * len(models)), layout='constrained')
+        figure.get_layout_engine().set(w_pad=0.15)  # type: ignore[union-attr]
         for axes, (title, unit, value) in zip(figure.subplots(1, 3), panels, strict=True):
             for (model, own), colour in zip(models.items(), _colours(len(models)), strict=True):
                 by_epoch: dict[int, list[float]] = {}
@@ -262,7 +263,7 @@ def plot_fresh(rows: list[Row]) -> bytes:
             axes.spines[['top', 'right']].set_visible(False)
             axes.grid(alpha=0.25)
             axes.set_ylim(min(0, axes.get_ylim()[0]))
-            axes.set_title(title, fontsize=10)
+            axes.set_title(title, fontsize=10, loc='left')
             axes.set_ylabel(unit)
             axes.set_xlabel('epoch')
             axes.locator_params(axis='x', integer=True)

@@ -62,15 +62,17 @@ def page(rows: list[Row], baseline: str) -> str:
 
 
 def fresh_table(rows: list[Row]) -> str:
-    """What became of the hidden units that lifts added, by epoch: means over seeds, the loss of accuracy with its
-    interval, in Markdown."""
+    """What became of the hidden units that lifts added: means over seeds, the loss of accuracy with its interval, in
+    Markdown. By epoch for one model; for several, after the first epoch and the last."""
     lines = [
         "| model | epoch | runs | their columns, % of the source's | images that fire one, % | of the source's, % "
         '| silent, % | accuracy without them, points |',
         '|---|--:|--:|--:|--:|--:|--:|--:|',
     ]
-    for model, own in by_model(rows).items():
-        for epoch in sorted({int(row['epoch']) for row in own}):
+    models = by_model(rows)
+    for model, own in models.items():
+        epochs = sorted({int(row['epoch']) for row in own})
+        for epoch in epochs if len(models) == 1 else dict.fromkeys((epochs[0], epochs[-1])):
             now = [row for row in own if int(row['epoch']) == epoch]
             mean = {key: np.mean([float(row[key]) for row in now]) for key in ('firing', 'known_firing', 'silent')}
             size = 100 * np.mean([float(row['norm_ratio']) for row in now])
