@@ -55,6 +55,14 @@ def _png(figure: 'Figure') -> bytes:
     return content.getvalue()
 
 
+def _legend(figure: 'Figure') -> None:
+    """The models below the picture, in two columns if their names are short."""
+    _, labels = figure.axes[0].get_legend_handles_labels()
+    room = 7.5 * figure.get_figwidth()  # letters in a column
+    columns = 2 if max(map(len, labels), default=0) <= room else 1
+    figure.legend(loc='outside lower center', ncols=columns, fontsize=8, frameon=False)
+
+
 def _far_below(accuracy: dict[str, float]) -> set[str]:
     """Models more than 10 points below the median one: in the picture they would squeeze all others together."""
     limit = np.median(list(accuracy.values())) - 10
@@ -82,7 +90,7 @@ def plot_accuracy(rows: list[Row]) -> bytes:
                     f'far below: {mean_sd(values)}',
                     (x, 0),
                     xycoords=edge,
-                    xytext=(8 * side, 5),
+                    xytext=(8 * side, 5 + 11 * sorted(far).index(model)),  # one above another
                     textcoords='offset points',
                     color=colour,
                     fontsize=8,
@@ -108,7 +116,7 @@ def plot_accuracy(rows: list[Row]) -> bytes:
         axes.set_xlabel('parameters, millions')
         axes.set_ylabel('test accuracy after the last epoch, %')
         axes.set_title(f'{rows[0]["dataset"]}, {rows[0]["protocol"]}: mean ± standard deviation', fontsize=10)
-        figure.legend(loc='outside lower center', ncols=2, fontsize=8, frameon=False)
+        _legend(figure)
         return _png(figure)
 
 
@@ -135,7 +143,10 @@ def plot_curves(rows: list[Row]) -> bytes:
             if model not in far:
                 lowest += [min(curves[epoch]) for epoch in x[len(x) // 2 :]]
             label = f'{model} (ends at {means[-1]:.1f})' if model in far else model
-            axes.plot(x, means, color=colour, label=label, linewidth=width)
+            if len(x) == 1:  # not trained, or tested once
+                axes.axhline(means[0], color=colour, label=label, linewidth=1.2, linestyle='--')
+            else:
+                axes.plot(x, means, color=colour, label=label, linewidth=width)
             if len(models) <= 6:  # more bands hide each other
                 axes.fill_between(
                     x, [min(curves[e]) for e in x], [max(curves[e]) for e in x], color=colour, alpha=0.12, linewidth=0
@@ -147,7 +158,7 @@ def plot_curves(rows: list[Row]) -> bytes:
         axes.set_ylabel('test accuracy, %')
         title = 'mean over seeds' if len(models) > 6 else 'mean and range over seeds'
         axes.set_title(f'test accuracy by epoch: {title}', fontsize=10)
-        figure.legend(loc='outside lower center', ncols=2, fontsize=8, frameon=False)
+        _legend(figure)
         return _png(figure)
 
 
@@ -224,7 +235,7 @@ def plot_cost(rows: list[Row], times: Sequence[Row]) -> bytes:
             axes.grid(alpha=0.25)
             axes.set_xlabel(title)
         figure.axes[0].set_ylabel('test accuracy after the last epoch, %')
-        figure.legend(loc='outside lower center', ncols=2, fontsize=8, frameon=False)
+        _legend(figure)
         return _png(figure)
 
 
@@ -267,7 +278,7 @@ def plot_fresh(rows: list[Row]) -> bytes:
             axes.set_ylabel(unit)
             axes.set_xlabel('epoch')
             axes.locator_params(axis='x', integer=True)
-        figure.legend(loc='outside lower center', ncols=2, fontsize=8, frameon=False)
+        _legend(figure)
         return _png(figure)
 
 
