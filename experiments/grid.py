@@ -8,7 +8,7 @@ import platform
 import shutil
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from timm_senetv2.errors import UserError, one_line, printable
 from timm_senetv2.files import output_folder
 from timm_senetv2.profile import Profile, count
 
+from . import fresh, step_time
 from .batches import Batches
 from .data import ImageData, load_dataset
 from .files import FORMAT, TOOL, Row, add_run, check_out, order_runs, owned, read_results, rows_of, write_text
-from .plots import plot_accuracy, plot_curves
+from .plots import plot_accuracy, plot_cost, plot_curves
 from .settings import ModelSpec, Settings, parse_specs, run_id
 from .tables import page
 from .training import History, Progress, check_optimizer, train
@@ -53,6 +54,8 @@ class Job:
     init: str | None = None
     save_weights: bool = False
     keep_checkpoints: bool = False
+    measure_fresh: bool = False
+    step_time: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Made:
     run: Run
     row: dict[str, Any]
     curve: list[dict[str, Any]]
+    fresh: list[dict[str, Any]] = field(default_factory=list)  # for fresh.csv
 
 
 Executor = Callable[[Sequence[Run], Job, Batches, Source | None, tqdm], Generator[Made, None, None]]
@@ -90,7 +94,11 @@ def make_run(run: Run, job: Job, batches: Batches, source: Source | None, progre
     """
     torch.backends.cudnn.deterministic = True
     settings = job.settings
-    model, history = train(run.spec, run.seed, settings, batches, source, job.out / 'runs' / run.name, progress)
+    run_dir = job.out / 'runs' / run.name
+    watched: dict[str, Any] = {}
+    if job.measure_fresh and run.spec.start == 'lift' and source is not None:
+        watched = dict(after_epoch=fresh.watch(source, batches, run.seed, run_dir / 'fresh.csv'))
+    model, history = train(run.spec, run.seed, settings, batches, source, run_dir, progress, **watched)
     costs = profile(run.spec, batches, source)
     if job.save_weights:
         with output_folder(job.out / 'weights' / run.name, TOOL) as folder:
@@ -125,7 +133,7 @@ def make_run(run: Run, job: Job, batches: Batches, source: Source | None, progre
         processor=torch.cuda.get_device_name() if settings.device == 'cuda' else platform.machine(),
         command=job.command,
     )
-    return Made(run, row, curve)
+    return Made(run, row, curve, fresh.rows(run_dir / 'fresh.csv', columns) if watched else [])
 
 
 def profile(spec: ModelSpec, batches: Batches, source: Source | None = None) -> Profile:
@@ -200,6 +208,8 @@ def reproduce(
         # an executor may have tasks elsewhere to end: before the folder is anybody else's, whatever happens here
         with bar, closing(executor(left, job, batches, source, bar)) as coming:
             for made in coming:
+                if made.fresh:
+                    fresh.add(job.out, made.fresh)
                 add_run(job.out, made.row, made.curve)
                 if not job.keep_checkpoints:
                     shutil.rmtree(job.out / 'runs' / made.run.name, ignore_errors=True)
@@ -207,7 +217,12 @@ def reproduce(
                     f'{made.run.spec} seed {made.run.seed}: accuracy {float(made.row["accuracy"]):.2f} % after '
                     f'{len(made.curve)} epochs, best {float(made.row["best_accuracy"]):.2f} %'
                 )
-        order_runs(job.out, [run.name for run in left])
+        names = [run.name for run in left]
+        order_runs(job.out, names)
+        fresh.order(job.out, names)
+        if job.step_time:
+            timed = specs if reference in map(str, specs) else [*parse_specs(reference), *specs]
+            step_time.write(job.out, step_time.step_times(timed, reference, settings, batches, source, job.command))
         return report(job.out, settings, reference)
 
 
@@ -261,4 +276,8 @@ def report(out: Path, settings: Settings, baseline: str) -> str:
     write_text(out / 'table.md', text)
     write_text(out / 'accuracy_vs_parameters.png', plot_accuracy(rows))
     write_text(out / 'curves.png', plot_curves([row for row in curves if row['run'] in runs]))
+    fresh.draw(out)
+    if times := step_time.read(out):
+        write_text(out / 'accuracy_vs_cost.png', plot_cost(rows, times))
+        text += f'\n{step_time.table(times, results)}'
     return text

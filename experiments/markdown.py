@@ -12,7 +12,7 @@ from pathlib import Path
 from timm_senetv2 import catalog
 from timm_senetv2.errors import UserError, did_you_mean
 
-from . import tables
+from . import step_time, tables
 from .benchmark import imports as benchmark_imports
 from .benchmark import report
 from .benchmark.suite import BESIDE, TRIOS
@@ -249,6 +249,27 @@ def runs(name: str, baseline: str) -> str:
     return tables.page(results, baseline)
 
 
+def fresh(name: str) -> str:
+    """What became of the hidden units that the lifts of a folder added, by epoch."""
+    rows = read(RESULTS / 'runs' / name / 'fresh.csv')
+    return (
+        f'{tables.fresh_table(rows)}\n'
+        'Means over seeds and layers, on the test images. Columns: the root mean square of the norms of the new '
+        'columns of `fc2`, over that of the others. An image fires a unit that is above zero; a unit that none fires '
+        'is silent. Without them: after their columns are set to zero again, less the accuracy before, paired by '
+        'seed, with its 95 % interval (Student t).'
+    )
+
+
+def step_times(name: str) -> str:
+    """What the models of a folder of runs cost: parameters, multiply-adds and the times of a step; and the command."""
+    folder = RESULTS / 'runs' / name
+    rows = step_time.read(folder)
+    if not rows:
+        raise UserError(f'results/runs/{name} holds no step times')
+    return f'```bash\n{rows[0]["command"]}\n```\n\n{step_time.table(rows, read_results(folder)[0])}'
+
+
 def weights() -> str:
     """The weights that the package carries, and the accuracies of the runs they come from."""
     results = {row['run']: row for row in read_results(RESULTS / 'runs' / 'fmnist')[0]}
@@ -274,12 +295,14 @@ GENERATORS: dict[str, Callable[..., str]] = {
         attention,
         choices,
         families,
+        fresh,
         gates,
         imports,
         integrations,
         models,
         runs,
         speed,
+        step_times,
         summary,
         tags,
         weights,

@@ -1,14 +1,14 @@
 """Pictures: accuracy and curves of a grid of runs, and what the quickstart's model makes of images."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .files import Row, by_model
-from .statistics import mean_sd
+from .statistics import Difference, mean_sd
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +55,14 @@ def _png(figure: 'Figure') -> bytes:
     return content.getvalue()
 
 
+def _legend(figure: 'Figure') -> None:
+    """The models below the picture, in two columns if their names are short."""
+    _, labels = figure.axes[0].get_legend_handles_labels()
+    room = 7.5 * figure.get_figwidth()  # letters in a column
+    columns = 2 if max(map(len, labels), default=0) <= room else 1
+    figure.legend(loc='outside lower center', ncols=columns, fontsize=8, frameon=False)
+
+
 def _far_below(accuracy: dict[str, float]) -> set[str]:
     """Models more than 10 points below the median one: in the picture they would squeeze all others together."""
     limit = np.median(list(accuracy.values())) - 10
@@ -82,7 +90,7 @@ def plot_accuracy(rows: list[Row]) -> bytes:
                     f'far below: {mean_sd(values)}',
                     (x, 0),
                     xycoords=edge,
-                    xytext=(8 * side, 5),
+                    xytext=(8 * side, 5 + 11 * sorted(far).index(model)),  # one above another
                     textcoords='offset points',
                     color=colour,
                     fontsize=8,
@@ -108,7 +116,7 @@ def plot_accuracy(rows: list[Row]) -> bytes:
         axes.set_xlabel('parameters, millions')
         axes.set_ylabel('test accuracy after the last epoch, %')
         axes.set_title(f'{rows[0]["dataset"]}, {rows[0]["protocol"]}: mean ± standard deviation', fontsize=10)
-        figure.legend(loc='outside lower center', ncols=2, fontsize=8, frameon=False)
+        _legend(figure)
         return _png(figure)
 
 
@@ -135,7 +143,10 @@ def plot_curves(rows: list[Row]) -> bytes:
             if model not in far:
                 lowest += [min(curves[epoch]) for epoch in x[len(x) // 2 :]]
             label = f'{model} (ends at {means[-1]:.1f})' if model in far else model
-            axes.plot(x, means, color=colour, label=label, linewidth=width)
+            if len(x) == 1:  # not trained, or tested once
+                axes.axhline(means[0], color=colour, label=label, linewidth=1.2, linestyle='--')
+            else:
+                axes.plot(x, means, color=colour, label=label, linewidth=width)
             if len(models) <= 6:  # more bands hide each other
                 axes.fill_between(
                     x, [min(curves[e]) for e in x], [max(curves[e]) for e in x], color=colour, alpha=0.12, linewidth=0
@@ -147,7 +158,127 @@ def plot_curves(rows: list[Row]) -> bytes:
         axes.set_ylabel('test accuracy, %')
         title = 'mean over seeds' if len(models) > 6 else 'mean and range over seeds'
         axes.set_title(f'test accuracy by epoch: {title}', fontsize=10)
-        figure.legend(loc='outside lower center', ncols=2, fontsize=8, frameon=False)
+        _legend(figure)
+        return _png(figure)
+
+
+FAR = 4.0  # percentage points: a difference beyond is an arrow with its figure, lest the others lie on one line
+
+
+def plot_differences(panels: Mapping[str, Mapping[str, Difference]], title: str) -> bytes:
+    """Differences in accuracy with their 95 % intervals, a panel a setting. A PNG."""
+    from matplotlib.figure import Figure
+
+    heights = [len(rows) + 1.2 for rows in panels.values()]
+    with _style():
+        figure = Figure(figsize=(9, 0.8 + 0.3 * sum(heights)), layout='constrained')
+        column = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+        near = [
+            abs(end)
+            for rows in panels.values()
+            for gap in rows.values()
+            for end in (gap.mean, gap.low, gap.high)
+            if abs(gap.mean) <= FAR and np.isfinite(end)
+        ]
+        reach = 1.1 * max([*near, 0.5])
+        for axes, (name, rows) in zip(column, panels.items(), strict=True):
+            for y, gap in enumerate(rows.values()):
+                if abs(gap.mean) > FAR:
+                    side = np.sign(gap.mean)
+                    axes.plot(side * reach * 0.98, y, '<' if side < 0 else '>', color=WRONG, markersize=6)
+                    axes.annotate(
+                        str(gap), (side * reach * 0.95, y), ha='left' if side < 0 else 'right', va='center', fontsize=8
+                    )
+                    continue
+                certain = gap.low > 0 or gap.high < 0
+                axes.plot([gap.low, gap.high], [y, y], color=COLOURS[3] if certain else COLOURS[0], linewidth=2)
+                axes.plot(gap.mean, y, 'o', color=COLOURS[3] if certain else COLOURS[0], markersize=5.5)
+            axes.axvline(0, color=INK, linewidth=0.8)
+            axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+            axes.set_ylim(len(rows) - 0.4, -0.6)
+            axes.set_xlim(-reach, reach)
+            axes.set_title(name, fontsize=9, loc='left', fontweight='bold')
+            axes.spines[['top', 'right', 'left']].set_visible(False)
+            axes.tick_params(axis='y', length=0)
+            axes.grid(axis='x', alpha=0.25)
+        column[-1].set_xlabel(f'{title}\nmean and 95 % interval, paired by seed; blue: the interval leaves out zero')
+        return _png(figure)
+
+
+def plot_cost(rows: list[Row], times: Sequence[Row]) -> bytes:
+    """Accuracy against parameters, multiply-adds and the time of a training step, a point a model. A PNG."""
+    from matplotlib.figure import Figure
+
+    steps = {row['model']: float(row['ms']) for row in times if row['mode'] == 'training'}
+    models = {model: runs for model, runs in by_model(rows).items() if model in steps}
+    costs: tuple[tuple[str, Callable[[str], float]], ...] = (
+        ('parameters, millions', lambda model: int(models[model][0]['parameters']) / 1e6),
+        ('multiply-adds, millions', lambda model: float(models[model][0]['gmacs']) * 1e3),
+        ('training step, ms', lambda model: steps[model]),
+    )
+    with _style():
+        figure = Figure(figsize=(11, 4 + 0.12 * len(models)), layout='constrained')
+        markers = _MARKERS * len(models)
+        for axes, (title, cost) in zip(figure.subplots(1, 3, sharey=True), costs, strict=True):
+            for model, colour, marker in zip(models, _colours(len(models)), markers, strict=False):
+                values = [float(row['accuracy']) for row in models[model]]
+                deviation = np.std(values, ddof=1) if len(values) > 1 else None
+                label = model if axes is figure.axes[0] else None
+                axes.errorbar(cost(model), np.mean(values), deviation, fmt=marker, color=colour, capsize=3, label=label)
+            axes.set_xscale('log')
+            axes.margins(x=0.15)
+            narrow = np.divide(*axes.get_xlim()[::-1]) < 10
+            axes.xaxis.set_major_formatter(lambda value, _: f'{value:g}')
+            axes.xaxis.set_minor_formatter((lambda value, _: f'{value:.4g}') if narrow else (lambda value, _: ''))
+            axes.tick_params(axis='x', which='both', labelsize=8, labelrotation=45)
+            axes.spines[['top', 'right']].set_visible(False)
+            axes.grid(alpha=0.25)
+            axes.set_xlabel(title)
+        figure.axes[0].set_ylabel('test accuracy after the last epoch, %')
+        _legend(figure)
+        return _png(figure)
+
+
+def plot_fresh(rows: list[Row]) -> bytes:
+    """What the hidden units that a lift added do, by epoch: a line (mean over seeds) a model. A PNG."""
+    from matplotlib.figure import Figure
+
+    models = by_model(rows)
+    panels = (
+        (
+            'size of the fresh columns of fc2',
+            "share of the size of the source's",
+            lambda row: float(row['norm_ratio']),
+        ),
+        ('images that fire a fresh unit', 'percent', lambda row: float(row['firing'])),
+        (
+            'accuracy lost by setting them to zero',
+            'percentage points',
+            lambda row: float(row['accuracy']) - float(row['without']),
+        ),
+    )
+    with _style():
+        figure = Figure(figsize=(11, 3.6 + 0.12 * len(models)), layout='constrained')
+        figure.get_layout_engine().set(w_pad=0.15)  # type: ignore[union-attr]
+        for axes, (title, unit, value) in zip(figure.subplots(1, 3), panels, strict=True):
+            for (model, own), colour in zip(models.items(), _colours(len(models)), strict=True):
+                by_epoch: dict[int, list[float]] = {}
+                for row in own:
+                    by_epoch.setdefault(int(row['epoch']), []).append(value(row))
+                x = sorted(by_epoch)
+                label = model if axes is figure.axes[0] else None
+                axes.plot(x, [np.mean(by_epoch[e]) for e in x], 'o-', color=colour, markersize=3.5, label=label)
+                if len(models) <= 4:
+                    low, high = ([limit(by_epoch[e]) for e in x] for limit in (min, max))
+                    axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+            axes.spines[['top', 'right']].set_visible(False)
+            axes.grid(alpha=0.25)
+            axes.set_ylim(min(0, axes.get_ylim()[0]))
+            axes.set_title(title, fontsize=10, loc='left')
+            axes.set_ylabel(unit)
+            axes.set_xlabel('epoch')
+            axes.locator_params(axis='x', integer=True)
+        _legend(figure)
         return _png(figure)
 
 

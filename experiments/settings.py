@@ -81,6 +81,7 @@ class Settings:
     device: str
     per_class: int | None = None  # training images of each class, drawn anew for each seed
     init: str | None = None  # SHA-256 of the weights that models with @continue, @lift or @add_attention start from
+    epoch_repeats: int | None = None  # passes over the training images that make one epoch, where they are several
 
 
 LATER_SETTINGS = tuple(f.name for f in fields(Settings) if f.default is not MISSING)
@@ -116,8 +117,9 @@ def _words(options: tuple[tuple[str, Any], ...]) -> str:
 _TRAINING: dict[str, Any] = {'epochs': 1, 'lr': 0.0, 'attention_lr': 0.0, 'train_only': ('attention',)}
 STARTS: dict[str, dict[str, Any]] = {
     'scratch': _TRAINING,
+    'keep': {},
     'continue': _TRAINING,
-    'lift': {**_TRAINING, 'fresh_lr': 0.0},
+    'lift': {**_TRAINING, 'fresh_lr': 0.0, 'fresh_init': ('kaiming', 'small', 'copy')},
     'add_attention': {**_TRAINING, 'reduction': 1, 'cardinality': 1},
 }
 
@@ -248,6 +250,7 @@ def make_settings(args: argparse.Namespace, trained_here: bool = True) -> Settin
         ('--seeds', min(args.seeds), 0, None),
         ('--limit', args.limit, 1, None),
         ('--per-class', args.per_class, 1, None),
+        ('--epoch-repeats', args.epoch_repeats, 1, 10**6),
     ):
         if value is not None and not value >= least:
             raise UserError(f'{name} must be at least {least}, got {value}')
@@ -281,6 +284,7 @@ def make_settings(args: argparse.Namespace, trained_here: bool = True) -> Settin
         compile=args.compile,
         device=device,
         per_class=args.per_class,
+        epoch_repeats=args.epoch_repeats if args.epoch_repeats != 1 else None,
     )
 
 

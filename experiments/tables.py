@@ -37,20 +37,21 @@ def caption(rows: list[Row], baseline: str) -> str:
     size = f', images of {row["image_size"]} pixels' if row['image_size'] else ''
     limit = f', {row["limit"]} training and test images' if row['limit'] else ''
     few = f', {row["per_class"]} training images of each class, others for each seed' if row.get('per_class') else ''
+    passes = f' of {row["epoch_repeats"]} passes over the training images' if row.get('epoch_repeats') else ''
     starts = ''
     if any('@' in row['model'] for row in rows):
         starts = (
             ' What follows @ is how a model starts, and what of its training differs from the others'
+            + (' (@keep: not trained)' if any('@keep' in row['model'] for row in rows) else '')
             + (f'; the weights at the start have the SHA-256 {row["init"]}' if row.get('init') else '')
             + '.'
         )
     return (
         f'{row["dataset"]}{limit}{few}{size}, protocol {row["protocol"]}: {row["opt"]}, lr {row["lr"]}, weight decay '
-        f'{row["weight_decay"]}, batch {row["batch_size"]}, {row["epochs"]} epochs.{starts} Accuracy on the test '
-        f'images after '
-        f'the last epoch, mean ± standard deviation over seeds; the best epoch is chosen on the test images, hence '
-        f'optimistic. Difference: to `{baseline}` after the last epoch, paired by seed, with its 95 % interval '
-        f'(Student t), or of other seeds and then marked as unpaired (Welch).\n'
+        f'{row["weight_decay"]}, batch {row["batch_size"]}, {row["epochs"]} epochs{passes}.{starts} Accuracy on the '
+        f'test images after the last epoch, mean ± standard deviation over seeds; the best epoch is chosen on the test '
+        f'images, hence optimistic. Difference: to `{baseline}` after the last epoch, paired by seed, with its 95 % '
+        f'interval (Student t), or of other seeds and then marked as unpaired (Welch).\n'
     )
 
 
@@ -58,3 +59,26 @@ def page(rows: list[Row], baseline: str) -> str:
     """The commands that made the runs, their table and its caption: table.md."""
     commands = ''.join(f'{command}\n' for command in dict.fromkeys(row['command'] for row in rows))
     return f'```bash\n{commands}```\n\n{table(rows, baseline)}\n{caption(rows, baseline)}'
+
+
+def fresh_table(rows: list[Row]) -> str:
+    """What became of the hidden units that lifts added: means over seeds, the loss of accuracy with its interval, in
+    Markdown. By epoch for one model; for several, after the first epoch and the last."""
+    lines = [
+        "| model | epoch | runs | their columns, % of the source's | images that fire one, % | of the source's, % "
+        '| silent, % | accuracy without them, points |',
+        '|---|--:|--:|--:|--:|--:|--:|--:|',
+    ]
+    models = by_model(rows)
+    for model, own in models.items():
+        epochs = sorted({int(row['epoch']) for row in own})
+        for epoch in epochs if len(models) == 1 else dict.fromkeys((epochs[0], epochs[-1])):
+            now = [row for row in own if int(row['epoch']) == epoch]
+            mean = {key: np.mean([float(row[key]) for row in now]) for key in ('firing', 'known_firing', 'silent')}
+            size = 100 * np.mean([float(row['norm_ratio']) for row in now])
+            with_, without = ({row['seed']: float(row[key]) for row in now} for key in ('accuracy', 'without'))
+            lines.append(
+                f'| `{model}` | {epoch} | {len(now)} | {size:.1f} | {mean["firing"]:.1f} | {mean["known_firing"]:.1f} '
+                f'| {mean["silent"]:.1f} | {difference(without, with_)} |'
+            )
+    return '\n'.join(lines) + '\n'

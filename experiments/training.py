@@ -2,9 +2,10 @@
 
 import argparse
 import csv
+import math
 import pickle
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -95,6 +96,65 @@ def check_optimizer(settings: Settings) -> None:
         raise UserError(f'--opt {settings.opt} cannot be used here: {one_line(e)}') from None
 
 
+def start(spec: ModelSpec, settings: Settings, batches: Batches, source: Source | None) -> torch.nn.Module:
+    """The model where its training starts, on its device, with the parameters frozen that stay.
+
+    Raises:
+        UserError: It cannot be built, or has no attention where only that shall train.
+    """
+    model = build(spec, len(batches.data.classes), source).to(settings.device)
+    if settings.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if dict(spec.start_options).get('train_only') == 'attention':
+        try:
+            freeze_all_but_attention(model, source if spec.start != 'scratch' else None)
+        except ValueError as e:
+            raise UserError(f'{spec}: {one_line(e)}') from None
+    return model
+
+
+def start_optimizer(
+    model: torch.nn.Module, spec: ModelSpec, settings: Settings, updates: int, source: Source | None
+) -> tuple[torch.optim.Optimizer, Scheduler | None]:
+    """The optimizer and scheduler that the model's word asks for."""
+    own: dict[str, Any] = dict(spec.start_options)
+    optimizer, scheduler = make_optimizer(model, settings, updates, own.get('attention_lr', 1.0))
+    if 'fresh_lr' in own:
+        stretch = FreshUnits(model, fresh_units(model, source), own['fresh_lr'])
+        optimizer.register_step_pre_hook(stretch.before_step)
+        optimizer.register_step_post_hook(stretch.after_step)
+    return optimizer, scheduler
+
+
+def autocast(settings: Settings) -> Any:
+    """The context of a forward pass."""
+    if settings.amp:
+        return torch.autocast(torch.device(settings.device).type, dtype=getattr(torch, settings.amp))
+    return nullcontext()
+
+
+def update(
+    forward: Any,
+    images: torch.Tensor,
+    targets: torch.Tensor,
+    settings: Settings,
+    amp: Any,
+    optimizer: torch.optim.Optimizer,
+    scaler: NativeScaler | None,
+) -> torch.Tensor:
+    """One step of training; returns the loss."""
+    with amp:
+        logits = forward(images)
+    loss = F.cross_entropy(logits.float(), targets, label_smoothing=settings.label_smoothing)
+    if scaler:
+        scaler(loss, optimizer)
+    else:
+        loss.backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
 def train(
     spec: ModelSpec,
     seed: int,
@@ -115,7 +175,8 @@ def train(
         source: The weights that a spec may start from.
         run_dir: Where a checkpoint is kept; training goes on from its last finished epoch. None keeps none.
         progress: Called after each batch.
-        after_epoch: Called after each epoch, in evaluation mode; not for those that were finished before.
+        after_epoch: Called after each epoch, in evaluation mode, before its checkpoint is written; not for those that
+            were finished before.
 
     Returns:
         The model (its moving average where there is one) and its history.
@@ -124,28 +185,23 @@ def train(
         UserError: The model, the checkpoint's images or the disk do not permit it.
     """
     settings = spec.settings(settings)
-    own: dict[str, Any] = dict(spec.start_options)
     device = torch.device(settings.device)
     torch.manual_seed(seed)
-    model = build(spec, len(batches.data.classes), source).to(device)
-    if settings.channels_last:
-        model.to(memory_format=torch.channels_last)
-    if own.get('train_only') == 'attention':
-        try:
-            freeze_all_but_attention(model, source if spec.start != 'scratch' else None)
-        except ValueError as e:
-            raise UserError(f'{spec}: {e}') from None
+    model = start(spec, settings, batches, source)
     training, test = batches.of(model, seed)
-    updates = len(training)
-    optimizer, scheduler = make_optimizer(model, settings, updates, own.get('attention_lr', 1.0))
-    if 'fresh_lr' in own:
-        stretch = FreshUnits(model, fresh_units(model, source), own['fresh_lr'])
-        optimizer.register_step_pre_hook(stretch.before_step)
-        optimizer.register_step_post_hook(stretch.after_step)
+    if spec.start == 'keep':
+        started = time.perf_counter()
+        test_loss, accuracy = evaluate(model, test.batches(0), autocast(settings))
+        row = (0, 0.0, math.nan, test_loss, accuracy, time.perf_counter() - started)
+        history: History = [dict(zip(HISTORY, row, strict=True))]
+        progress(settings.epochs, history)
+        return model, history
+    updates = len(training) * (settings.epoch_repeats or 1)
+    optimizer, scheduler = start_optimizer(model, spec, settings, updates, source)
     scaler = NativeScaler(device=device.type) if settings.amp == 'float16' else None
     ema = ModelEmaV3(model, decay=settings.ema_decay, use_warmup=True) if settings.ema_decay else None
 
-    history: History = []
+    history = []
     saver = None
     if run_dir is not None:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -165,32 +221,23 @@ def train(
     progress(len(history), history)
 
     forward: Any = torch.compile(model) if settings.compile else model
-    amp = torch.autocast(device.type, dtype=getattr(torch, settings.amp)) if settings.amp else nullcontext()
+    amp = autocast(settings)
 
     for epoch in range(len(history), settings.epochs):
-        epoch_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-        torch.manual_seed(epoch_seed)
+        torch.manual_seed(_seed(seed, epoch))
         started = time.perf_counter()
         if scheduler:
             scheduler.step(epoch)
         forward.train()
         set_training(model)
         total, count = torch.zeros((), device=device), 0
-        for i, (images, targets) in enumerate(training.batches(epoch_seed)):
+        for i, (images, targets) in enumerate(_passes(training, seed, epoch, settings)):
             if scheduler:
                 scheduler.step_update(epoch * updates + i)
-            with amp:
-                logits = forward(images)
-            loss = F.cross_entropy(logits.float(), targets, label_smoothing=settings.label_smoothing)
-            if scaler:
-                scaler(loss, optimizer)
-            else:
-                loss.backward()
-                optimizer.step()
-            optimizer.zero_grad()
+            loss = update(forward, images, targets, settings, amp, optimizer, scaler)
             if ema:
                 ema.update(model, step=epoch * updates + i)
-            total += loss.detach() * len(targets)
+            total += loss * len(targets)
             count += len(targets)
             if i + 1 < updates:
                 progress(epoch + (i + 1) / updates, history)
@@ -198,14 +245,25 @@ def train(
         test_loss, accuracy = evaluate(ema.module if ema else forward, test.batches(0), amp)
         row = (epoch, optimizer.param_groups[0]['lr'], train_loss, test_loss, accuracy, time.perf_counter() - started)
         history.append(dict(zip(HISTORY, row, strict=True)))
+        after_epoch(epoch + 1, ema.module if ema else model)
         if saver is not None and run_dir is not None:
             # first the history, then the checkpoint: a history that is ahead is cut on resuming, one that lags is not
             # made
             write_csv(run_dir / 'history.csv', HISTORY, history)
             save_checkpoint(saver, epoch, accuracy, run_dir)
-        after_epoch(epoch + 1, ema.module if ema else model)
         progress(epoch + 1, history)
     return ema.module if ema else model, history
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def _passes(training: Any, seed: int, epoch: int, settings: Settings) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The batches of an epoch; each of its passes over the images has an order and an augmentation of its own."""
+    yield from training.batches(_seed(seed, epoch))
+    for repeat in range(1, settings.epoch_repeats or 1):
+        yield from training.batches(_seed(seed, epoch, repeat))
 
 
 @torch.inference_mode()

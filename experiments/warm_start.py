@@ -1,6 +1,7 @@
 """How a model starts: from scratch, or from weights of another training, lifted or with attention added.
 
     MODEL                  from scratch
+    MODEL@keep             the weights of --init, which are of the same architecture and are not trained
     MODEL@continue         from the weights of --init, which are of the same architecture
     MODEL@lift             MODEL has SaE, --init has SE in the same places: its hidden units, and fresh ones beside them
     MODEL@add_attention    from the weights of --init without attention, then `timm_senetv2.add_attention`
@@ -93,6 +94,11 @@ def build(spec: ModelSpec, num_classes: int, source: Source | None = None, shape
     load = spec.start != 'scratch'
     if load and source is None:
         raise UserError(f'{spec} starts from trained weights; say which by --init')
+    if spec.start == 'keep' and source is not None and source.num_classes != num_classes:
+        raise UserError(
+            f'{spec}: the weights of --init tell {source.num_classes} classes apart, and there are {num_classes}; '
+            f'give @continue, which trains a new classifier'
+        )
     weights: dict[str, Any] = dict(pretrained=False)
     if load and not shapes_only:
         assert source is not None
@@ -119,6 +125,8 @@ def build(spec: ModelSpec, num_classes: int, source: Source | None = None, shape
             model = timm_senetv2.add_attention(model, **given)
         except ValueError as e:
             raise UserError(f'{spec}: {one_line(e)}') from None
+    if load and not shapes_only and 'fresh_init' in dict(spec.start_options):
+        initialize_fresh(model, fresh_units(model, source), dict(spec.start_options)['fresh_init'])
     return model
 
 
@@ -171,6 +179,37 @@ def fresh_units(model: nn.Module, source: Source | None) -> dict[str, int]:
             if given.shape[0] < layer.fc1.out_features:
                 fresh[name] = given.shape[0]
     return fresh
+
+
+@torch.no_grad()
+def initialize_fresh(model: nn.Module, fresh: dict[str, int], how: str) -> None:
+    """Start fresh hidden units otherwise than a lift does: that leaves nn.Linear's rows of fc1 and zero columns of fc2.
+
+    Args:
+        model: Lifted.
+        fresh: How many hidden units of each layer come from the source.
+        how: 'kaiming': their rows of fc1 normal, with variance 2 / channels, their biases zero. 'small': their columns
+            of fc2 normal, with a tenth of the source's standard deviation there, which changes the logits. 'copy':
+            their rows of fc1 those of the source, in turn, plus a tenth of nn.Linear's, since equal units would stay
+            equal; biases likewise.
+    """
+    for name, known in fresh.items():
+        layer: Any = model.get_submodule(name)
+        rows, columns = layer.fc1.weight[known:], layer.fc2.weight[:, known:]
+        biases = layer.fc1.bias
+        if how == 'kaiming':
+            nn.init.kaiming_normal_(rows, nonlinearity='relu')
+            if biases is not None:
+                biases[known:] = 0
+        elif how == 'small':
+            nn.init.normal_(columns, std=0.1 * layer.fc2.weight[:, :known].std().item())
+        elif how == 'copy':
+            for tensor in (layer.fc1.weight, biases):
+                if tensor is not None:
+                    turns = torch.arange(len(tensor) - known, device=tensor.device) % known
+                    tensor[known:] = tensor[turns] + 0.1 * tensor[known:]
+        else:
+            raise ValueError(f'how must be kaiming, small or copy, got {how!r}')
 
 
 def freeze_all_but_attention(model: nn.Module, source: Source | None) -> None:

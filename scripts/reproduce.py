@@ -7,6 +7,7 @@ A model is a timm name, with options after a colon: cifar_senetv2_resnet20:sae_c
 Python literals; values parted by | make a grid: 'cifar_senetv2_resnet20:sae_cardinality=1|2|4|8,sae_reduction=8|16|32'.
 
 It starts from scratch, or, after an @, from the weights of --init:
+  MODEL@keep           weights of the same architecture, tested as they are
   MODEL@continue       weights of the same architecture
   MODEL@lift           weights with SE, into a model with SaE in the same places and more hidden units
   MODEL@add_attention  weights without attention; then SaE is added, reduction=32,cardinality=4 unless given. Before
@@ -17,6 +18,9 @@ A classifier for other classes is new. Of one model's training may be given afte
   epochs=N, lr=X           in place of the grid's
   train_only=attention     all else stays as it is, but for a new classifier; norms keep their statistics
   attention_lr=X           learning rate of the attention layers, as a multiple
+  fresh_init=kaiming       start of the hidden units that @lift adds: He's normal distribution in their rows of fc1;
+             small         small numbers in place of zeros in their columns of fc2, so that logits change a little;
+             copy          the source's rows of fc1 again, and a tenth of fresh ones
   fresh_lr=X               of the hidden units that @lift adds, as a multiple, with an optimizer whose steps are
                            proportional to the learning rate (sgd, adam, adamw, ...)
 
@@ -79,6 +83,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--per-class', type=int, metavar='N', help='train on only N images of each class, others for each seed'
     )
+    parser.add_argument(
+        '--epoch-repeats',
+        type=int,
+        metavar='N',
+        help='passes over the training images in one epoch, after which it is tested: for few images (default: 1)',
+    )
     parser.add_argument('--image-size', type=int, metavar='N', help="side of the input (default: the model's)")
     parser.add_argument(
         '--workers', type=int, default=4, metavar='N', help='processes that read an image folder (default: 4)'
@@ -87,6 +97,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--save-weights',
         action='store_true',
         help="write each run's final weights to OUT/weights/RUN, which timm loads as local-dir:OUT/weights/RUN",
+    )
+    parser.add_argument(
+        '--measure-fresh',
+        action='store_true',
+        help='write fresh.csv and fresh.png: what the hidden units that @lift adds do, by epoch',
+    )
+    parser.add_argument(
+        '--step-time',
+        action='store_true',
+        help='at the end time a step of training and of inference of each model, in turn; on a machine that does '
+        'nothing else; writes step_times.csv and accuracy_vs_cost.png',
     )
     parser.add_argument('--keep-checkpoints', action='store_true', help='keep the checkpoints of finished runs')
 
@@ -158,9 +179,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
     args = parse_args(argv)
-    command = shlex.join(['python', 'scripts/reproduce.py', *(sys.argv[1:] if argv is None else argv)])
+    command = command or shlex.join(['python', 'scripts/reproduce.py', *(sys.argv[1:] if argv is None else argv)])
 
     from experiments.grid import Job, one_after_the_other, reproduce
     from experiments.settings import make_settings
@@ -189,6 +210,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         init=args.init,
         save_weights=args.save_weights,
         keep_checkpoints=args.keep_checkpoints,
+        measure_fresh=args.measure_fresh,
+        step_time=args.step_time,
     )
     print(reproduce(args.models, args.seeds, job, args.baseline, executor))
 

@@ -27,7 +27,6 @@ from timm_senetv2 import hub
 ROOT = Path(__file__).parents[1]
 README = ROOT / 'README.md'
 PAGES = [README, *sorted((ROOT / 'docs').glob('*.md')), ROOT / 'results' / 'README.md', ROOT / 'results' / 'lift.md']
-ONLINE = '<!-- needs the network -->'  # in the line above a block
 LAUNCHERS = ('timm-senetv2', '-m timm_senetv2', 'scripts/', 'tests/', 'docs/examples/', 'python -m experiments')
 SLOW = '<!-- slow: '  # in the line above a block: it compiles or converts, which takes a minute
 CONTINUES = '<!-- continues -->'  # in the line above a block that uses files of the block before
@@ -36,15 +35,10 @@ SOURCES = ('seresnet50.ra2_in1k', 'seresnet50.a1_in1k', 'resnet18.a1_in1k')
 
 
 def blocks(page: Path, language: str) -> list[tuple[str, bool]]:
-    """Fenced blocks, and whether a comment above says that they are slow. One that continues another is part of it.
-
-    Without those that need the network.
-    """
+    """Fenced blocks, and whether a comment above says that they are slow. One that continues another is part of it."""
     text = page.read_text(encoding='utf-8')
     found: list[tuple[str, bool]] = []
     for mark, code in re.findall(rf'^(<!-- [^\n]*\n)? *```{language}\n(.*?)^ *```$', text, flags=re.M | re.S):
-        if mark.startswith(ONLINE):
-            continue
         code, slow = textwrap.dedent(code), mark.startswith(SLOW)
         if mark.startswith(CONTINUES):
             before, slow = found.pop()

@@ -13,7 +13,7 @@ import timm_senetv2
 from experiments.batches import Batches
 from experiments.data import load_dataset
 from experiments.settings import Settings, make_settings, parse_specs
-from experiments.training import make_optimizer, train
+from experiments.training import evaluate, make_optimizer, train
 from experiments.warm_start import (
     FreshUnits,
     attention,
@@ -89,6 +89,24 @@ def test_add_attention_starts_at_the_function_of_the_source():
     )
 
 
+def test_kept_weights_are_tested_as_they_are(tmp_path):
+    arguments = [*DIGITS, '--limit', '40', '--epochs', '3', '--init', SE, '--seeds', '0', '1', '--out', str(tmp_path)]
+    reproduce.main([*arguments, '--save-weights', '--models', 'cifar_seresnet20@keep', 'cifar_seresnet20@continue'])
+    with (tmp_path / 'results.csv').open(newline='') as file:
+        kept = [row for row in csv.DictReader(file) if row['model'] == 'cifar_seresnet20@keep']
+    data = load_dataset('digits', limit=40)
+    batches = Batches(data, small_settings(), 0)
+    model = timm.create_model('cifar_seresnet20', pretrained=True)
+    loss, accuracy = evaluate(model, batches.of(model)[1].batches(0))
+    assert [(float(row['accuracy']), float(row['loss'])) for row in kept] == [
+        (pytest.approx(accuracy, abs=1e-3), pytest.approx(loss, abs=1e-5))
+    ] * 2
+    assert (tmp_path / 'weights' / kept[0]['run']).is_dir()
+    assert load_source(str(tmp_path / 'weights' / kept[0]['run'])).sha256 == load_source(SE).sha256
+    with pytest.raises(UserError, match='tell 10 classes apart, and there are 3'):
+        build(spec('cifar_seresnet20@keep'), 3, load_source(SE))
+
+
 def test_source_is_named_by_its_weights_not_by_its_place(tmp_path):
     from experiments.warm_start import save
 
@@ -129,7 +147,7 @@ def test_weights_that_do_not_fit_are_one_line_before_any_training(tmp_path, monk
 @pytest.mark.parametrize(
     'word, says',
     [
-        ('small_cnn@loft', 'a model starts by one of scratch, continue, lift, add_attention'),
+        ('small_cnn@loft', 'a model starts by one of scratch, keep, continue, lift, add_attention'),
         ('small_cnn@scratch:epochs=0', 'epochs must be a whole number of at least 1'),
         ('small_cnn@scratch:lr=0', 'lr must be a number above 0'),
         ('small_cnn@scratch:lr=nan', 'lr must be a number above 0'),
