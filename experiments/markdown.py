@@ -251,7 +251,7 @@ def runs(name: str, baseline: str) -> str:
 
 def fresh(name: str) -> str:
     """What became of the hidden units that the lifts of a folder added, by epoch."""
-    rows = read(RESULTS / 'runs' / name / 'fresh.csv')
+    rows = read_csv(RESULTS / 'runs' / name / 'fresh.csv')
     return (
         f'{tables.fresh_table(rows)}\n'
         'Means over seeds and layers, on the test images. Columns: the root mean square of the norms of the new '

@@ -157,7 +157,7 @@ def _channel_means(x: torch.Tensor, y: torch.Tensor, conv: nn.Conv2d, dtype: tor
 
 
 def _normalize_batch(y: torch.Tensor, norm: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """BatchNorm in training, its buffers too: y less its mean, a and b, (C,), for that, and the channel means, (N, C)."""
+    """BatchNorm in training, with its buffers: y less its mean, a and b for that, (C,), the channel means, (N, C)."""
     n, _, h, w = y.shape
     count = n * h * w
     if count == 1:
