@@ -14,7 +14,7 @@ import timm_senetv2
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(
-    not (importlib.util.find_spec('mkdocs') and importlib.util.find_spec('mkdocstrings')),
+    not all(importlib.util.find_spec(name) for name in ('mkdocs', 'material', 'mkdocstrings')),
     reason="the extra `docs` is not installed: pip install -e '.[docs]'",
 )
 
