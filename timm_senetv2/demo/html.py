@@ -116,8 +116,8 @@ def _gates(gates: Sequence[Gates]) -> str:
         for block in gates
     )
     return (
-        '<p class="sae-small">A gate scales one channel of its block. Each row is a block: the darker a place, the '
-        'more of its channels have that gate. The line is their mean.</p>'
+        '<p class="sae-small">A gate scales one channel of its block. Each row is a block: the stronger the '
+        'colour, the more of its channels have that gate. The line is their mean.</p>'
         f'{_strips(gates, means, summary)}<p class="sae-small">{escape(summary)}</p>'
         '<details><summary>The same as a table</summary><table><thead><tr><th scope="col">Block</th>'
         '<th scope="col">Channels</th><th scope="col">Lowest</th><th scope="col">Mean</th><th scope="col">Highest</th>'
