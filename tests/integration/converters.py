@@ -17,8 +17,10 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 SIZE, CLASSES = 64, 10
@@ -273,13 +275,12 @@ def _openvino(converted: object) -> Run:
     return lambda x: torch.from_numpy(compiled(x.numpy())[0])
 
 
-@converter('coremltools', 'convert(traced), not run', runs=False)
-def coreml_trace(model: nn.Module, x: Tensor, folder: Path) -> None:
+@converter('coremltools', 'convert(traced), its MIL program computed by torch')
+def coreml_trace(model: nn.Module, x: Tensor, folder: Path) -> Run:
     import coremltools
 
     traced = torch.jit.trace(model, x)
-    converted = coremltools.convert(traced, inputs=[coremltools.TensorType(shape=tuple(x.shape))], skip_model_load=True)
-    converted.save(str(folder / 'model.mlpackage'))
+    return _coreml(traced, folder, inputs=[coremltools.TensorType(name='x', shape=tuple(x.shape))])
 
 
 @converter('coremltools', 'convert(exported program), not run', runs=False)
@@ -288,6 +289,83 @@ def coreml_export(model: nn.Module, x: Tensor, folder: Path) -> None:
 
     program = _exported(model, x, dynamic=False).run_decompositions({})
     coremltools.convert(program, skip_model_load=True).save(str(folder / 'model.mlpackage'))
+
+
+def _coreml(model: object, folder: Path, **kwargs: object) -> Run:
+    """Core ML runs its models on macOS alone; what the converter made is computed here, operation by operation."""
+    import coremltools
+
+    converted = coremltools.convert(
+        model,
+        convert_to='mlprogram',
+        compute_precision=coremltools.precision.FLOAT32,
+        skip_model_load=True,
+        **kwargs,
+    )
+    converted.save(str(folder / 'model.mlpackage'))
+    main = converted._mil_program.functions['main']
+
+    def run(x: Tensor) -> Tensor:
+        (name,) = main.inputs
+        values = {name: x}
+
+        def value(given: object) -> object:
+            if isinstance(given, (list, tuple)):
+                return [value(v) for v in given]
+            return values[given.name] if given.name in values else _constant(given.val)
+
+        for op in main.operations:
+            if op.op_type != 'const':
+                found = {k: value(v) for k, v in op.inputs.items() if v is not None}
+                values[op.outputs[0].name] = MIL[op.op_type](**found)
+        return values[main.outputs[0].name]
+
+    run.facts = dict(operations=sorted({op.op_type for op in main.operations} - {'const'}))
+    return run
+
+
+def _constant(value: object) -> object:
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy()) if value.dtype == np.float32 else value.tolist()
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _pooled(x: Tensor, kernel_sizes: list, strides: list, pad_type: str, pad: list, ceil_mode: bool = False) -> Tensor:
+    assert pad_type == 'custom' and not ceil_mode
+    return F.max_pool2d(F.pad(x, _padding(pad), value=-math.inf), kernel_sizes, strides)
+
+
+def _conv(
+    x: Tensor,
+    weight: Tensor,
+    strides: list,
+    pad_type: str,
+    pad: list,
+    dilations: list,
+    groups: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    assert pad_type in ('custom', 'valid')
+    x = F.pad(x, _padding(pad)) if pad_type == 'custom' else x
+    return F.conv2d(x, weight, bias, strides, 0, dilations, groups)
+
+
+def _padding(pad: list) -> list:  # MIL: height, then width; torch: from the last dimension on
+    return [*pad[2:], *pad[:2]]
+
+
+MIL: dict[str, Callable] = {  # the operations of these models; coremltools folds the norms
+    'add': lambda x, y: x + y,
+    'conv': _conv,
+    'expand_dims': lambda x, axes: x.reshape(*x.shape, *[1] * len(axes)),
+    'linear': F.linear,
+    'max_pool': _pooled,
+    'mul': lambda x, y: x * y,
+    'reduce_mean': lambda x, axes, keep_dims: x.mean(axes, keep_dims),
+    'relu': lambda x: F.relu(x),
+    'reshape': lambda x, shape: x.reshape(shape),
+    'sigmoid': lambda x: x.sigmoid(),
+}
 
 
 @converter('executorch', 'to_edge_transform_and_lower(partitioner=[XnnpackPartitioner()])')
@@ -319,7 +397,7 @@ def check(one: Converter, name: str, reparameterize: bool, folder: Path) -> dict
         if not one.runs:
             return {}
         found = [run(x)]
-        if one.library not in ('executorch',):  # converted for one batch size
+        if one.library not in ('executorch', 'coremltools'):  # converted for one batch size
             found.append(run(other))
     bound = rounding(model, one.bits)
     error = max(itertools.starmap(distance, zip(found, expected, strict=False)))
