@@ -4,6 +4,11 @@ The models are senetv2_resnet50, the same after timm.models.reparameterize_model
 with random norms and gates. Prints one JSON line for each model: `error`, the relative distance of the converted
 model's logits from the original's in float64, the `bound` that it must keep, how far the logits are off where the
 attention is `lost`, and what the converter adds; or `failure`.
+
+In a paired check all three models compute the same function, with smaller residual branches, as after a training: how
+far the rounding to 8 bits leads is as much a matter of the weights as of the converter. `errors` has the distance of
+each of many images, so that ours can be compared with timm's pair by pair, and `agreement` is the share of images with
+the same top class.
 """
 
 import copy
@@ -23,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SIZE, CLASSES = 64, 10
+SIZE, CLASSES, IMAGES = 64, 10, 64
 MODELS = {
     'ours': ('senetv2_resnet50', False),
     'reparameterized': ('senetv2_resnet50', True),
@@ -37,15 +42,24 @@ class Converter:
 
     every: dict[str, 'Converter'] = {}
 
-    def __init__(self, library: str, call: str, function: Callable, bits: int, runs: bool) -> None:
-        self.library, self.call, self.function, self.bits, self.runs = library, call, function, bits, runs
+    def __init__(self, library: str, call: str, function: Callable, bits: int, runs: bool, paired: bool) -> None:
+        self.library, self.call, self.function = library, call, function
+        self.bits, self.runs, self.paired = bits, runs, paired
 
 
-def converter(library: str, call: str, bits: int = 24, runs: bool = True) -> Callable:
-    """Register `function(model, x, folder) -> run`, where `bits` is the precision of its arithmetic."""
+def converter(library: str, call: str, bits: int = 24, runs: bool = True, paired: bool = False) -> Callable:
+    """Register `function(model, x, folder) -> run`.
+
+    Args:
+        library: Whose converter it is.
+        call: How it is called.
+        bits: The precision of its arithmetic.
+        runs: Whether what it makes can be run here.
+        paired: Whether the outcome is compared with that of timm's model, instead of with what rounding can do.
+    """
 
     def register(function: Callable) -> Callable:
-        Converter.every[function.__name__] = Converter(library, call, function, bits, runs)
+        Converter.every[function.__name__] = Converter(library, call, function, bits, runs, paired)
         return function
 
     return register
@@ -54,24 +68,52 @@ def converter(library: str, call: str, bits: int = 24, runs: bool = True) -> Cal
 # --- Models ---
 
 
-def build(name: str) -> nn.Module:
-    """A model whose norms have the statistics of its data, random weights, and gates far from constant."""
+def build(name: str, residual: float = 1.0, gates: float = 8.0) -> nn.Module:
+    """A model whose norms have the statistics of its data, random weights, and gates that depend on the image.
+
+    Args:
+        name: Of the model.
+        residual: Size of the residual branches, beside the shortcuts.
+        gates: Standard deviation of the gates' logits, in units of their input's.
+    """
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=CLASSES)
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    for norm in norms:
-        nn.init.uniform_(norm.weight, 0.5, 1.5)
-        nn.init.normal_(norm.bias, std=0.5)
+    norms = {place: m for place, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    for place, norm in norms.items():
+        size = residual if place.endswith('bn3') else 1.0
+        nn.init.uniform_(norm.weight, 0.5 * size, 1.5 * size)
+        nn.init.normal_(norm.bias, std=0.5 * size)
         norm.momentum = None  # the plain average
     for module in model.modules():
         if hasattr(module, 'fc2'):
             nn.init.normal_(module.fc1.weight, std=module.fc1.weight[0].numel() ** -0.5)
-            nn.init.normal_(module.fc2.weight, std=8 * module.fc2.weight[0].numel() ** -0.5)
+            nn.init.normal_(module.fc2.weight, std=gates * module.fc2.weight[0].numel() ** -0.5)
     with torch.no_grad():
         model(inputs(32))
-    for norm in norms:
+    for norm in norms.values():
         norm.momentum = 0.1
     return model.eval()
+
+
+def same_function(name: str) -> nn.Module:
+    """timm's model, or ours with its weights: each hidden unit of SE stands twice in SaE, with half the weight each."""
+    source = build('seresnet50', residual=0.5)
+    if name == 'seresnet50':
+        return source
+    model = timm.create_model(name, num_classes=CLASSES).eval()
+    state = {
+        k: v.flatten(1) if '.se.' in k and v.ndim == 4 else v  # dense layers in place of 1x1 convs
+        for k, v in source.state_dict().items()
+    }
+    for k, v in state.items():
+        if '.se.fc1.' in k:
+            state[k] = torch.cat([v, v])
+        elif '.se.fc2.weight' in k:
+            state[k] = torch.cat([v, v], 1) / 2
+    model.load_state_dict(state)
+    with torch.no_grad():
+        assert distance(model(inputs(4)), source(inputs(4))) < 1e-5
+    return model
 
 
 def inputs(batch: int) -> Tensor:
@@ -203,7 +245,7 @@ def onnxslim(model: nn.Module, x: Tensor, folder: Path) -> Run:
     return run
 
 
-@converter('onnxruntime', 'quant_pre_process, then quantize_dynamic', bits=8)
+@converter('onnxruntime', 'quant_pre_process, then quantize_dynamic', paired=True)
 def onnxruntime_dynamic(model: nn.Module, x: Tensor, folder: Path) -> Run:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -212,13 +254,13 @@ def onnxruntime_dynamic(model: nn.Module, x: Tensor, folder: Path) -> Run:
     return _quantized(path)
 
 
-@converter('onnxruntime', 'quant_pre_process, then quantize_static', bits=8)
+@converter('onnxruntime', 'quant_pre_process, then quantize_static', paired=True)
 def onnxruntime_static(model: nn.Module, x: Tensor, folder: Path) -> Run:
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self.batches = iter({'x': inputs(n).numpy()} for n in range(8, 16))
+            self.batches = iter({'x': inputs(n).numpy()} for n in range(8, 12))
 
         def get_next(self):
             return next(self.batches, None)
@@ -385,10 +427,10 @@ def executorch_xnnpack(model: nn.Module, x: Tensor, folder: Path) -> Run:
 
 
 def check(one: Converter, name: str, reparameterize: bool, folder: Path) -> dict[str, object]:
-    model = build(name)
+    model = same_function(name) if one.paired else build(name)
     if reparameterize:
         model = timm.models.reparameterize_model(model)
-    x, other = inputs(2), inputs(3)
+    x, other = inputs(2), inputs(IMAGES if one.paired else 3)
     reference = copy.deepcopy(model).double()
     with torch.no_grad():
         expected = [reference(t.double()) for t in (x, other)]
@@ -399,9 +441,13 @@ def check(one: Converter, name: str, reparameterize: bool, folder: Path) -> dict
         found = [run(x)]
         if one.library not in ('executorch', 'coremltools'):  # converted for one batch size
             found.append(run(other))
-    bound = rounding(model, one.bits)
     error = max(itertools.starmap(distance, zip(found, expected, strict=False)))
-    return dict(error=error, bound=bound, lost=lost, **getattr(run, 'facts', {}))
+    facts = dict(error=error, lost=lost, **getattr(run, 'facts', {}))
+    if not one.paired:
+        return facts | dict(bound=rounding(model, one.bits))
+    pairs = list(zip(found[1], expected[1], strict=True))
+    same = sum(int(a.argmax() == b.argmax()) for a, b in pairs)
+    return facts | dict(errors=[distance(a, b) for a, b in pairs], agreement=same / len(pairs))
 
 
 def main(name: str, folder: Path) -> None:
