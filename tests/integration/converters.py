@@ -4,6 +4,11 @@ The models are senetv2_resnet50, the same after timm.models.reparameterize_model
 with random norms and gates. Prints one JSON line for each model: `error`, the relative distance of the converted
 model's logits from the original's in float64, the `bound` that it must keep, how far the logits are off where the
 attention is `lost`, and what the converter adds; or `failure`.
+
+In a paired check all three models compute the same function, with smaller residual branches, as after a training: how
+far the rounding to 8 bits leads is as much a matter of the weights as of the converter. `errors` has the distance of
+each of many images, so that ours can be compared with timm's pair by pair, and `agreement` is the share of images with
+the same top class.
 """
 
 import copy
@@ -17,11 +22,13 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-SIZE, CLASSES = 64, 10
+SIZE, CLASSES, IMAGES = 64, 10, 64
 MODELS = {
     'ours': ('senetv2_resnet50', False),
     'reparameterized': ('senetv2_resnet50', True),
@@ -35,15 +42,24 @@ class Converter:
 
     every: dict[str, 'Converter'] = {}
 
-    def __init__(self, library: str, call: str, function: Callable, bits: int, runs: bool) -> None:
-        self.library, self.call, self.function, self.bits, self.runs = library, call, function, bits, runs
+    def __init__(self, library: str, call: str, function: Callable, bits: int, runs: bool, paired: bool) -> None:
+        self.library, self.call, self.function = library, call, function
+        self.bits, self.runs, self.paired = bits, runs, paired
 
 
-def converter(library: str, call: str, bits: int = 24, runs: bool = True) -> Callable:
-    """Register `function(model, x, folder) -> run`, where `bits` is the precision of its arithmetic."""
+def converter(library: str, call: str, bits: int = 24, runs: bool = True, paired: bool = False) -> Callable:
+    """Register `function(model, x, folder) -> run`.
+
+    Args:
+        library: Whose converter it is.
+        call: How it is called.
+        bits: The precision of its arithmetic.
+        runs: Whether what it makes can be run here.
+        paired: Whether the outcome is compared with that of timm's model, instead of with what rounding can do.
+    """
 
     def register(function: Callable) -> Callable:
-        Converter.every[function.__name__] = Converter(library, call, function, bits, runs)
+        Converter.every[function.__name__] = Converter(library, call, function, bits, runs, paired)
         return function
 
     return register
@@ -52,24 +68,52 @@ def converter(library: str, call: str, bits: int = 24, runs: bool = True) -> Cal
 # --- Models ---
 
 
-def build(name: str) -> nn.Module:
-    """A model whose norms have the statistics of its data, random weights, and gates far from constant."""
+def build(name: str, residual: float = 1.0, gates: float = 8.0) -> nn.Module:
+    """A model whose norms have the statistics of its data, random weights, and gates that depend on the image.
+
+    Args:
+        name: Of the model.
+        residual: Size of the residual branches, beside the shortcuts.
+        gates: Standard deviation of the gates' logits, in units of their input's.
+    """
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=CLASSES)
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    for norm in norms:
-        nn.init.uniform_(norm.weight, 0.5, 1.5)
-        nn.init.normal_(norm.bias, std=0.5)
+    norms = {place: m for place, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    for place, norm in norms.items():
+        size = residual if place.endswith('bn3') else 1.0
+        nn.init.uniform_(norm.weight, 0.5 * size, 1.5 * size)
+        nn.init.normal_(norm.bias, std=0.5 * size)
         norm.momentum = None  # the plain average
     for module in model.modules():
         if hasattr(module, 'fc2'):
             nn.init.normal_(module.fc1.weight, std=module.fc1.weight[0].numel() ** -0.5)
-            nn.init.normal_(module.fc2.weight, std=8 * module.fc2.weight[0].numel() ** -0.5)
+            nn.init.normal_(module.fc2.weight, std=gates * module.fc2.weight[0].numel() ** -0.5)
     with torch.no_grad():
         model(inputs(32))
-    for norm in norms:
+    for norm in norms.values():
         norm.momentum = 0.1
     return model.eval()
+
+
+def same_function(name: str) -> nn.Module:
+    """timm's model, or ours with its weights: each hidden unit of SE stands twice in SaE, with half the weight each."""
+    source = build('seresnet50', residual=0.5)
+    if name == 'seresnet50':
+        return source
+    model = timm.create_model(name, num_classes=CLASSES).eval()
+    state = {
+        k: v.flatten(1) if '.se.' in k and v.ndim == 4 else v  # dense layers in place of 1x1 convs
+        for k, v in source.state_dict().items()
+    }
+    for k, v in state.items():
+        if '.se.fc1.' in k:
+            state[k] = torch.cat([v, v])
+        elif '.se.fc2.weight' in k:
+            state[k] = torch.cat([v, v], 1) / 2
+    model.load_state_dict(state)
+    with torch.no_grad():
+        assert distance(model(inputs(4)), source(inputs(4))) < 1e-5
+    return model
 
 
 def inputs(batch: int) -> Tensor:
@@ -201,7 +245,7 @@ def onnxslim(model: nn.Module, x: Tensor, folder: Path) -> Run:
     return run
 
 
-@converter('onnxruntime', 'quant_pre_process, then quantize_dynamic', bits=8)
+@converter('onnxruntime', 'quant_pre_process, then quantize_dynamic', paired=True)
 def onnxruntime_dynamic(model: nn.Module, x: Tensor, folder: Path) -> Run:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -210,13 +254,13 @@ def onnxruntime_dynamic(model: nn.Module, x: Tensor, folder: Path) -> Run:
     return _quantized(path)
 
 
-@converter('onnxruntime', 'quant_pre_process, then quantize_static', bits=8)
+@converter('onnxruntime', 'quant_pre_process, then quantize_static', paired=True)
 def onnxruntime_static(model: nn.Module, x: Tensor, folder: Path) -> Run:
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self.batches = iter({'x': inputs(n).numpy()} for n in range(8, 16))
+            self.batches = iter({'x': inputs(n).numpy()} for n in range(8, 12))
 
         def get_next(self):
             return next(self.batches, None)
@@ -273,13 +317,12 @@ def _openvino(converted: object) -> Run:
     return lambda x: torch.from_numpy(compiled(x.numpy())[0])
 
 
-@converter('coremltools', 'convert(traced), not run', runs=False)
-def coreml_trace(model: nn.Module, x: Tensor, folder: Path) -> None:
+@converter('coremltools', 'convert(traced), its MIL program computed by torch')
+def coreml_trace(model: nn.Module, x: Tensor, folder: Path) -> Run:
     import coremltools
 
     traced = torch.jit.trace(model, x)
-    converted = coremltools.convert(traced, inputs=[coremltools.TensorType(shape=tuple(x.shape))], skip_model_load=True)
-    converted.save(str(folder / 'model.mlpackage'))
+    return _coreml(traced, folder, inputs=[coremltools.TensorType(name='x', shape=tuple(x.shape))])
 
 
 @converter('coremltools', 'convert(exported program), not run', runs=False)
@@ -288,6 +331,83 @@ def coreml_export(model: nn.Module, x: Tensor, folder: Path) -> None:
 
     program = _exported(model, x, dynamic=False).run_decompositions({})
     coremltools.convert(program, skip_model_load=True).save(str(folder / 'model.mlpackage'))
+
+
+def _coreml(model: object, folder: Path, **kwargs: object) -> Run:
+    """Core ML runs its models on macOS alone; what the converter made is computed here, operation by operation."""
+    import coremltools
+
+    converted = coremltools.convert(
+        model,
+        convert_to='mlprogram',
+        compute_precision=coremltools.precision.FLOAT32,
+        skip_model_load=True,
+        **kwargs,
+    )
+    converted.save(str(folder / 'model.mlpackage'))
+    main = converted._mil_program.functions['main']
+
+    def run(x: Tensor) -> Tensor:
+        (name,) = main.inputs
+        values = {name: x}
+
+        def value(given: object) -> object:
+            if isinstance(given, (list, tuple)):
+                return [value(v) for v in given]
+            return values[given.name] if given.name in values else _constant(given.val)
+
+        for op in main.operations:
+            if op.op_type != 'const':
+                found = {k: value(v) for k, v in op.inputs.items() if v is not None}
+                values[op.outputs[0].name] = MIL[op.op_type](**found)
+        return values[main.outputs[0].name]
+
+    run.facts = dict(operations=sorted({op.op_type for op in main.operations} - {'const'}))
+    return run
+
+
+def _constant(value: object) -> object:
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy()) if value.dtype == np.float32 else value.tolist()
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _pooled(x: Tensor, kernel_sizes: list, strides: list, pad_type: str, pad: list, ceil_mode: bool = False) -> Tensor:
+    assert pad_type == 'custom' and not ceil_mode
+    return F.max_pool2d(F.pad(x, _padding(pad), value=-math.inf), kernel_sizes, strides)
+
+
+def _conv(
+    x: Tensor,
+    weight: Tensor,
+    strides: list,
+    pad_type: str,
+    pad: list,
+    dilations: list,
+    groups: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    assert pad_type in ('custom', 'valid')
+    x = F.pad(x, _padding(pad)) if pad_type == 'custom' else x
+    return F.conv2d(x, weight, bias, strides, 0, dilations, groups)
+
+
+def _padding(pad: list) -> list:  # MIL: height, then width; torch: from the last dimension on
+    return [*pad[2:], *pad[:2]]
+
+
+MIL: dict[str, Callable] = {  # the operations of these models; coremltools folds the norms
+    'add': lambda x, y: x + y,
+    'conv': _conv,
+    'expand_dims': lambda x, axes: x.reshape(*x.shape, *[1] * len(axes)),
+    'linear': F.linear,
+    'max_pool': _pooled,
+    'mul': lambda x, y: x * y,
+    'reduce_mean': lambda x, axes, keep_dims: x.mean(axes, keep_dims),
+    'relu': lambda x: F.relu(x),
+    'reshape': lambda x, shape: x.reshape(shape),
+    'sigmoid': lambda x: x.sigmoid(),
+}
 
 
 @converter('executorch', 'to_edge_transform_and_lower(partitioner=[XnnpackPartitioner()])')
@@ -307,10 +427,10 @@ def executorch_xnnpack(model: nn.Module, x: Tensor, folder: Path) -> Run:
 
 
 def check(one: Converter, name: str, reparameterize: bool, folder: Path) -> dict[str, object]:
-    model = build(name)
+    model = same_function(name) if one.paired else build(name)
     if reparameterize:
         model = timm.models.reparameterize_model(model)
-    x, other = inputs(2), inputs(3)
+    x, other = inputs(2), inputs(IMAGES if one.paired else 3)
     reference = copy.deepcopy(model).double()
     with torch.no_grad():
         expected = [reference(t.double()) for t in (x, other)]
@@ -319,11 +439,15 @@ def check(one: Converter, name: str, reparameterize: bool, folder: Path) -> dict
         if not one.runs:
             return {}
         found = [run(x)]
-        if one.library not in ('executorch',):  # converted for one batch size
+        if one.library not in ('executorch', 'coremltools'):  # converted for one batch size
             found.append(run(other))
-    bound = rounding(model, one.bits)
     error = max(itertools.starmap(distance, zip(found, expected, strict=False)))
-    return dict(error=error, bound=bound, lost=lost, **getattr(run, 'facts', {}))
+    facts = dict(error=error, lost=lost, **getattr(run, 'facts', {}))
+    if not one.paired:
+        return facts | dict(bound=rounding(model, one.bits))
+    pairs = list(zip(found[1], expected[1], strict=True))
+    same = sum(int(a.argmax() == b.argmax()) for a, b in pairs)
+    return facts | dict(errors=[distance(a, b) for a, b in pairs], agreement=same / len(pairs))
 
 
 def main(name: str, folder: Path) -> None:

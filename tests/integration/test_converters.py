@@ -1,7 +1,9 @@
 """Whatever converts timm's seresnet50 converts senetv2_resnet50, also reparameterized, with equal logits."""
 
+import math
+
 import pytest
-from converters import MODELS, Converter
+from converters import IMAGES, MODELS, Converter
 from integrations import fresh, need, record
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
@@ -21,7 +23,9 @@ def test_what_converts_timms_model_converts_ours(name, tmp_path):
     for label in ('ours', 'reparameterized'):
         row = found[label]
         assert 'failure' not in row, f'{label}: {row["failure"]}'
-        if one.runs:
+        if one.paired:
+            assert_as_good(row, found['timm'])
+        elif one.runs:
             bound = row['bound']
             if one.bits == 8:  # these models have wider ranges than six standard deviations, timm's too
                 bound = max(bound, 1.25 * found['timm']['error'])
@@ -29,6 +33,17 @@ def test_what_converts_timms_model_converts_ours(name, tmp_path):
             assert row['error'] <= bound, label
         if 'growth' in row:  # of the file, by slimming it
             assert row['growth'] <= max(0, found['timm']['growth']) + 0.001
+        if 'operations' in row:  # SE's layers are 1x1 convs, and SaE's are linear
+            assert set(row['operations']) - set(found['timm']['operations']) <= {'linear', 'expand_dims', 'reshape'}
+
+
+def assert_as_good(row: dict, timms: dict) -> None:
+    """The same function as timm's model, on the same images: as close to its float original, image by image."""
+    assert len(row['errors']) == len(timms['errors']) == IMAGES
+    ratio = math.exp(sum(math.log(a / b) for a, b in zip(row['errors'], timms['errors'], strict=True)) / IMAGES)
+    assert ratio <= 1.1, f'{ratio:.2f} times as far off as timm, in the geometric mean over the images'
+    assert row['agreement'] >= timms['agreement'] - 0.05
+    assert row['lost'] > 2 * sum(row['errors']) / IMAGES, 'the check could not tell a model without attention'
 
 
 def _words(label: str) -> str:
@@ -42,4 +57,6 @@ def _result(row: dict) -> str:
     if 'error' not in row:
         return 'converts'
     text = f'logits differ by {100 * row["error"]:.2g} %'
+    if 'agreement' in row:
+        text += f', {100 * row["agreement"]:.0f} % the same top class'
     return text + (f', file {100 * row["growth"]:+.1f} %' if 'growth' in row else '')
