@@ -37,6 +37,9 @@ def server(hub_server, monkeypatch):
     monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', hub_server.url)
     template = hub_server.url + '/{repo_id}/resolve/{revision}/{filename}'
     monkeypatch.setattr('huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE', template)
+    monkeypatch.setattr(
+        'huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE', template, raising=False
+    )  # below 1.0
     return hub_server
 
 
