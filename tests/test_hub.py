@@ -355,6 +355,16 @@ def test_answer_that_makes_no_sense_is_one_line_or_harmless(server, push, folder
     assert pushed_files(server.model('me/x')) == contents(folder)
 
 
+def test_wish_for_a_wait_of_400_digits_is_one_line_or_obeyed_within_reason(server, push, folder):
+    server.fault('POST', '/preupload/', status=429, headers={'Retry-After': '9' * 400})
+    try:
+        push()
+    except UserError as e:  # the client itself cannot read it
+        assert 'cannot read' in str(e)
+        push()
+    assert pushed_files(server.model('me/x')) == contents(folder)
+
+
 @pytest.mark.parametrize(
     'asked, waited',
     [

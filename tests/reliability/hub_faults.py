@@ -85,7 +85,7 @@ def check(seed: int, share: float, jobs: int) -> Tally:
     cases += [('load', LOADING[i % 2], fault, bool(i // 2 % 2)) for i, fault in enumerate(FAULTS)]
     random.Random(seed).shuffle(cases)
     cases = cases[: round(len(cases) * share)]
-    trickles = ('check the token', 'ask for a file', 'download the weights') if share == 1 else ()
+    trickles = ('check the token', 'download the weights') if share == 1 else ()
     with (
         tempfile.TemporaryDirectory() as scratch,
         tqdm(total=len(cases) + len(trickles), desc='hub_faults', unit='fault', disable=None) as bar,
