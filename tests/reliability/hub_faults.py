@@ -230,4 +230,5 @@ def _trickle(where: str, scratch: Path) -> str:
         process.kill()
         if server.repos and _held(server.repos.get(('model', REPO))) and where == 'check the token':
             return 'something was pushed'
-    return why_no_line(code, (scratch / 'push.err').read_text()) or ''
+    lines = [line for line in (scratch / 'push.err').read_text().splitlines() if '%|' not in line]  # bars
+    return why_no_line(code, '\n'.join(line for line in lines if line)) or ''
