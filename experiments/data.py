@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import logging
 import math
 import os
 import warnings
@@ -31,6 +32,7 @@ FASHION_MNIST_CFG: Any = get_pretrained_cfg('cifar_resnet20.fmnist')  # of the w
 DIGITS_MEAN, DIGITS_STD = (0.3053,) * 3, (0.3758,) * 3
 MOST_FASHION_MNIST = 100_000  # images; the header of a damaged file may announce any number
 COMPARED_BYTES = 2**32  # of images of equal size, read to see whether they are copies of each other
+logging.getLogger('PIL').setLevel(logging.CRITICAL)  # some decoders log what they raise, and the log goes to stderr
 
 
 class ImageError(UserError):

@@ -205,6 +205,9 @@ def make_subset(src: Path, dst: Path, per_class: int, seed: int) -> None:
         for label in chosen:
             (dst / 'train' / label).mkdir(parents=True, exist_ok=True)
         refuse_foreign(dst / 'train', chosen)
+        for path in dst.iterdir():
+            if is_leftover(path):
+                path.unlink()
         for label, name in tqdm(files, 'extracting' if source.is_tar else 'linking', unit='image', disable=None):
             source.put(source.images[label][name], dst / 'train' / label / name)
         validation = None

@@ -289,6 +289,54 @@ def gates(name: str, part: str) -> str:
     return text.partition(f'{parts[part]}\n\n')[2].partition('\n## ')[0].strip()
 
 
+MISFORTUNES = {  # by the names of tests/check_reliability.py
+    'kills': 'SIGKILL in the middle of a command',
+    'hub_faults': 'Faults of the Hub in a push or a download',
+    'images': 'Damaged images',
+    'hostile_files': 'Hostile and damaged files',
+    'shared_cache': 'Several processes on one cache or folder',
+}
+
+
+def reliability() -> str:
+    """What was tried to break the commands, and how it ended."""
+    rows = read_csv(RESULTS / 'reliability.csv')
+    lines = ['| | Cases | Right result | Refused in one line | Failed |', '|---|--:|--:|--:|--:|']
+    totals = [0, 0, 0, 0]
+    for kind, title in MISFORTUNES.items():
+        counts = [sum(int(r[column]) for r in rows if r['kind'] == kind) for column in _OUTCOMES]
+        totals = [total + count for total, count in zip(totals, counts, strict=True)]
+        lines.append(f'| {title} | {" | ".join(f"{count:,}" for count in counts)} |')
+    lines.append(f'| **All** | {" | ".join(f"**{total:,}**" for total in totals)} |')
+    used = sorted({row['versions'] for row in rows})
+    return '\n'.join([*lines, '', f'Measured with {"; ".join(used)}.'])
+
+
+def reliability_cases(kind: str) -> str:
+    """The cases of one kind; those of images by format."""
+    groups: dict[str, list[int]] = {}
+    for row in read_csv(RESULTS / 'reliability.csv'):
+        if row['kind'] == kind:
+            counts = groups.setdefault(_group(kind, row['case']), [0, 0, 0, 0])
+            for i, column in enumerate(_OUTCOMES):
+                counts[i] += int(row[column])
+    if not groups:
+        raise UserError(f'results/reliability.csv has no rows of {kind!r}{did_you_mean(kind, MISFORTUNES)}')
+    lines = ['| Case | Cases | Right result | Refused in one line | Failed |', '|---|--:|--:|--:|--:|']
+    lines += [f'| {case} | {" | ".join(f"{count:,}" for count in counts)} |' for case, counts in groups.items()]
+    return '\n'.join(lines)
+
+
+_OUTCOMES = ('tried', 'right', 'one_line', 'failed')
+
+
+def _group(kind: str, case: str) -> str:
+    """Of a fault of the Hub, without whether it passes; of an image its damage, whatever its format."""
+    if kind == 'hub_faults':
+        return case.removesuffix(', once').removesuffix(', always')
+    return case.rpartition(', ')[2] if kind == 'images' else case
+
+
 GENERATORS: dict[str, Callable[..., str]] = {
     generator.__name__: generator
     for generator in (
@@ -300,6 +348,8 @@ GENERATORS: dict[str, Callable[..., str]] = {
         imports,
         integrations,
         models,
+        reliability,
+        reliability_cases,
         runs,
         speed,
         step_times,

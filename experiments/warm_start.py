@@ -22,8 +22,8 @@ from timm.layers import SEModule, SqueezeExcite
 from timm.models import save_for_hf
 from torch import nn
 
-from timm_senetv2 import SqueezeAggregatedExcitation
-from timm_senetv2.create import why_not_built
+from timm_senetv2 import SqueezeAggregatedExcitation, catalog
+from timm_senetv2.create import check_options, why_not_built
 from timm_senetv2.errors import UserError, one_line, printable
 
 from .settings import ModelSpec
@@ -108,9 +108,15 @@ def build(spec: ModelSpec, num_classes: int, source: Source | None = None, shape
                 state_dict=dict(source.state_dict), num_classes=source.num_classes, label_offset=0, custom_load=False
             ),
         )
+    options = dict(spec.options)
+    if 'num_classes' in options:
+        raise UserError(f'{spec}: num_classes is that of the data; leave it out')
+    ours = spec.name.partition('.')[0]
+    if shapes_only and ours in catalog.names():  # the first thing that is done with a model
+        check_options(ours, options, given_by=printable(spec))
     try:
         with torch.device('meta') if shapes_only else nullcontext():
-            model = timm.create_model(spec.name, num_classes=num_classes, **weights, **dict(spec.options))
+            model = timm.create_model(spec.name, num_classes=num_classes, **weights, **options)
     except Exception as e:  # a wrong option shows as anything
         how = f' from the weights of --init, of {source.architecture}' if load and source is not None else ''
         raise UserError(f'{spec} cannot be built{how}: {why_not_built(spec.name, e)[:300]}') from None

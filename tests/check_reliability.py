@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog='check_reliability.py', description=__doc__)
     parser.add_argument('--quick', action='store_true', help='a share of the cases, in less than half a minute')
     parser.add_argument('--kinds', nargs='+', choices=KINDS, default=KINDS, metavar='KIND', help=', '.join(KINDS))
+    parser.add_argument('--jobs', type=int, default=2, metavar='N', help='processes side by side (default: 2)')
     parser.add_argument('--seed', type=int, default=0, metavar='N', help='of instants and damages (default: 0)')
     parser.add_argument(
         '--out', type=Path, metavar='FILE', help='(default: results/reliability.csv; with --quick none is written)'
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from reliability import tally
 
+    if args.jobs < 1:
+        raise UserError(f'--jobs must be at least 1, got {args.jobs}')
     out = args.out or (None if args.quick else ROOT / 'results' / 'reliability.csv')
     if out is not None and not out.parent.is_dir():
         raise UserError(f'cannot write {out}: {out.parent} is not a folder')
@@ -44,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = shlex.join(['python', 'tests/check_reliability.py', *words])
     failed = 0
     for kind in dict.fromkeys(args.kinds):
-        found = import_module(f'reliability.{kind}').check(args.seed, QUICK if args.quick else 1)
+        found = import_module(f'reliability.{kind}').check(args.seed, QUICK if args.quick else 1, args.jobs)
         print(f'{kind}: {found.tried} tried, {found.failed} failed', flush=True)
         for case, row in found.rows.items():
             if row.failed:

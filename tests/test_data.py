@@ -345,6 +345,18 @@ def test_a_postscript_program_named_as_an_image_is_not_run(tmp_path, monkeypatch
     assert not (tmp_path / 'ran').exists()
 
 
+def test_a_refused_image_leaves_nothing_on_stderr(tmp_path, capfd):
+    buffer = io.BytesIO()
+    Image.new('RGB', (8, 8)).save(buffer, 'TIFF', tiffinfo={277: 3})
+    content = bytearray(buffer.getvalue())
+    at = content.index(bytes([277 & 255, 277 >> 8]))  # SamplesPerPixel: type, count, value
+    content[at + 8 : at + 10] = (5120).to_bytes(2, 'little')
+    (tmp_path / 'x.tif').write_bytes(content)
+    with pytest.raises(ImageError):
+        FileImages([str(tmp_path / 'x.tif')], [0])[0]
+    assert capfd.readouterr().err == ''
+
+
 @pytest.mark.parametrize('shape', [(2**32 - 1,) * 3, (2**31, 2**31, 4), (2**20, 28, 28), (0, 28, 28)])
 def test_a_header_that_announces_too_much_or_nothing_is_refused(tmp_path, shape):
     write_fashion_mnist(tmp_path / 'data')

@@ -37,6 +37,9 @@ def server(hub_server, monkeypatch):
     monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', hub_server.url)
     template = hub_server.url + '/{repo_id}/resolve/{revision}/{filename}'
     monkeypatch.setattr('huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE', template)
+    monkeypatch.setattr(
+        'huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE', template, raising=False
+    )  # below 1.0
     return hub_server
 
 
@@ -349,6 +352,16 @@ def test_answer_that_makes_no_sense_is_one_line_or_harmless(server, push, folder
         assert '\n' not in str(e) and 'could not' in str(e)
     server.faults.clear()
     push()
+    assert pushed_files(server.model('me/x')) == contents(folder)
+
+
+def test_wish_for_a_wait_of_400_digits_is_one_line_or_obeyed_within_reason(server, push, folder):
+    server.fault('POST', '/preupload/', status=429, headers={'Retry-After': '9' * 400})
+    try:
+        push()
+    except UserError as e:  # the client itself cannot read it
+        assert 'cannot read' in str(e)
+        push()
     assert pushed_files(server.model('me/x')) == contents(folder)
 
 

@@ -311,6 +311,14 @@ def test_a_looping_link_as_source_or_destination_is_one_line(imagenet, tmp_path,
         run_main(imagenet, tmp_path / 'loop')
 
 
+def test_what_a_kill_left_beside_the_manifest_is_removed(imagenet, tmp_path, run_main):
+    run_main(imagenet, tmp_path / 'dst', '--per-class', 1)
+    before = sorted((tmp_path / 'dst').rglob('*'))
+    (tmp_path / 'dst' / '.0123456789ab.json').write_text('half')
+    run_main(imagenet, tmp_path / 'dst', '--per-class', 1)
+    assert sorted((tmp_path / 'dst').rglob('*')) == before
+
+
 def test_bad_number_or_place_is_refused(imagenet, tmp_path, run_main):
     with pytest.raises(UserError, match='--per-class must be at least 1, got 0'):
         run_main(imagenet, tmp_path / 'dst', '--per-class', 0)

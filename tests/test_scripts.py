@@ -43,6 +43,10 @@ REPRODUCE = ('--dataset', 'digits', '--out', 'new', '--models')
         ('reproduce', [*REPRODUCE], 'expected at least one argument'),
         ('reproduce', [*REPRODUCE, 'small_cn'], 'did you mean small_cnn'),
         ('reproduce', [*REPRODUCE, 'seanet20:sae_reduktion=3'], 'it has no option sae_reduktion; did you mean sae_red'),
+        ('reproduce', [*REPRODUCE, 'small_cnn:widths=[0,1,2]'], 'conv1.weight of small_cnn has no elements'),
+        ('reproduce', [*REPRODUCE, 'small_cnn:num_classes=3'], 'num_classes is that of the data'),
+        ('reproduce', [*REPRODUCE, 'cifar_resnet20:depth=6000000002'], 'is more than 1000 blocks'),
+        ('reproduce', [*REPRODUCE, 'cifar_resnet20:sae_reduction=3'], 'has no meaning in a model without attention'),
         ('reproduce', [*REPRODUCE, 'small_cnn', '--sched', 'x'], "invalid choice: 'x'"),
     ],
 )

@@ -120,8 +120,13 @@ def pretrained(name: str) -> nn.Module:
         raise UserError(f'{shown} cannot be loaded: {one_line(e)}') from None
 
 
-def check_options(name: str, model_args: Mapping[str, Any]) -> None:
+def check_options(name: str, model_args: Mapping[str, Any], given_by: str = '--model-kwargs') -> None:
     """Make sure that a model can be built with these options, without the memory for its weights.
+
+    Args:
+        name: A model of this package.
+        model_args: Options of the model, as `timm.create_model` takes them.
+        given_by: What the user gave them by, to be named.
 
     Raises:
         UserError: It cannot; names the option where that is known.
@@ -131,21 +136,21 @@ def check_options(name: str, model_args: Mapping[str, Any]) -> None:
     kinds = _plain_types(type(timm.create_model(f'{name}.untrained', device='meta')))
     for key, value in model_args.items():
         if key in _NOT_OPTIONS:
-            raise UserError(f'--model-kwargs: {key} is not an option of a model')
+            raise UserError(f'{given_by}: {key} is not an option of a model')
         if key in ('layers', 'depth'):  # each block takes time, before any memory
-            _check_blocks(key, value)
+            _check_blocks(key, value, given_by)
         if key in kinds:
-            _check_value(key, value, kinds[key])
+            _check_value(key, value, kinds[key], given_by)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of weights without elements
             model = timm.create_model(f'{name}.untrained', device='meta', **model_args)
     except Exception as e:  # timm answers wrong options with many kinds
         reason = why_not_built(name, e)
-        raise UserError(f'--model-kwargs: {name} cannot be built with {_shown(model_args)}: {reason}') from None
+        raise UserError(f'{given_by}: {name} cannot be built with {_shown(model_args)}: {reason}') from None
     empty = next((key for key, p in model.named_parameters() if not p.numel()), None)
     if empty is not None:
-        raise UserError(f'--model-kwargs: with {_shown(model_args)}, {empty} of {name} has no elements')
+        raise UserError(f'{given_by}: with {_shown(model_args)}, {empty} of {name} has no elements')
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
     if needed > _memory():
         raise UserError(
@@ -174,21 +179,21 @@ def _options(model: type[nn.Module]) -> set[str]:
     return {*_SAE_OPTIONS, *taken} - {'args', 'kwargs'} - _NOT_OPTIONS
 
 
-def _check_blocks(key: str, value: Any) -> None:
+def _check_blocks(key: str, value: Any, given_by: str) -> None:
     counts: Sequence[Any] = value if isinstance(value, (list, tuple)) else [value]
     if not all(isinstance(count, int) and not isinstance(count, bool) and count > 0 for count in counts):
-        raise UserError(f'--model-kwargs: {key} must be whole numbers above zero, got {printable(repr(value))}')
+        raise UserError(f'{given_by}: {key} must be whole numbers above zero, got {printable(repr(value))}')
     if sum(counts) > _MOST_BLOCKS:
-        raise UserError(f'--model-kwargs: {key}={printable(value)} is more than {_MOST_BLOCKS} blocks')
+        raise UserError(f'{given_by}: {key}={printable(value)} is more than {_MOST_BLOCKS} blocks')
 
 
-def _check_value(key: str, value: Any, kind: type) -> None:
-    says = f'--model-kwargs: {key} must be {_KINDS[kind]}, got {printable(repr(value))}'
+def _check_value(key: str, value: Any, kind: type, given_by: str) -> None:
+    says = f'{given_by}: {key} must be {_KINDS[kind]}, got {printable(repr(value))}'
     if kind is float:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise UserError(says)
         if key.endswith('_rate') and not 0 <= value < 1:
-            raise UserError(f'--model-kwargs: {key} must be from 0 to below 1, got {value}')
+            raise UserError(f'{given_by}: {key} must be from 0 to below 1, got {value}')
     elif type(value) is not kind or (isinstance(value, int) and not 0 <= value < 1 << 40):
         raise UserError(says)
 

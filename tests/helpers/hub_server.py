@@ -109,6 +109,7 @@ class HubServer:
         handler = type('Handler', (_Handler,), {'hub': self})
         self._http = ThreadingHTTPServer(('127.0.0.1', 0), handler)
         self._http.daemon_threads = True
+        self._http.handle_error = lambda *_: None  # a client that has gone
         self.port = self._http.server_address[1]
         self.url = f'http://127.0.0.1:{self.port}'
         threading.Thread(target=self._http.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True).start()

@@ -11,6 +11,7 @@ import shutil
 import struct
 import tarfile
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -204,7 +205,10 @@ def _odd_tensors(folder: Path, chance: random.Random) -> str | None:
             lambda: None,
             lambda: {'a': tensor},
         ]
-    )()
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of the making of quantized tensors, not of reading them
+        odd = odd()
     state[chance.choice([key, key, key, 'more\x1b[31m', 7])] = odd
     wrapped = chance.choice([state, dict(state_dict=state, epoch=chance.choice(['x', 10**30, odd]), args=[])])
     torch.save(wrapped, folder / 'x.pth')
@@ -391,19 +395,19 @@ CASES: dict[str, tuple[int, Callable[[Path, random.Random], str | None]]] = {  #
 }
 
 
-def check(seed: int, share: float) -> Tally:
+def check(seed: int, share: float, jobs: int) -> Tally:
     """Read each in a process that may not take much memory."""
     tally = Tally('hostile_files')
     chance = random.Random(seed)
-    jobs = [
+    cases = [
         (case, chance.getrandbits(32))
         for case, (count, _) in CASES.items()
         for _ in range(max(1, round(count * share)))
     ]
-    chance.shuffle(jobs)
-    batches = [jobs[i : i + 50] for i in range(0, len(jobs), 50)]
-    with tqdm(total=len(jobs), desc='hostile_files', unit='file', disable=None) as bar:
-        with ProcessPoolExecutor(2, mp_context=context(), initializer=_prepare) as pool:
+    chance.shuffle(cases)
+    batches = [cases[i : i + 50] for i in range(0, len(cases), 50)]
+    with tqdm(total=len(cases), desc='hostile_files', unit='file', disable=None) as bar:
+        with ProcessPoolExecutor(jobs, mp_context=context(), initializer=_prepare) as pool:
             futures = [pool.submit(_try, batch) for batch in batches]
             for batch, future in zip(batches, futures, strict=True):
                 try:

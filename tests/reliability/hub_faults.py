@@ -76,16 +76,16 @@ FAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def check(seed: int, share: float) -> Tally:
-    """Every fault at every request, once and for good, while pushing; some while loading; a trickle by the command."""
+def check(seed: int, share: float, jobs: int) -> Tally:
+    """Every fault at every request of a push, in turn once and for good, and when loading; a trickle by the command."""
     tally = Tally('hub_faults')
     cases: list[tuple[str, str, str, bool]] = [
-        ('push', *case) for case in itertools.product(PUSHING, FAULTS, (False, True))
+        ('push', where, fault, bool(i % 2)) for i, (where, fault) in enumerate(itertools.product(PUSHING, FAULTS))
     ]
-    cases += [('load', *case) for case in itertools.product(LOADING, FAULTS, (False, True))]
+    cases += [('load', LOADING[i % 2], fault, bool(i // 2 % 2)) for i, fault in enumerate(FAULTS)]
     random.Random(seed).shuffle(cases)
     cases = cases[: round(len(cases) * share)]
-    trickles = ('check the token', 'ask for a file', 'download the weights') if share == 1 else ()
+    trickles = ('check the token', 'download the weights') if share == 1 else ()
     with (
         tempfile.TemporaryDirectory() as scratch,
         tqdm(total=len(cases) + len(trickles), desc='hub_faults', unit='fault', disable=None) as bar,
@@ -188,6 +188,9 @@ def as_hub(url: str) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch(f'{constants}.ENDPOINT', url))
         stack.enter_context(mock.patch(f'{constants}.HUGGINGFACE_CO_URL_TEMPLATE', template))
+        stack.enter_context(
+            mock.patch('huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE', template, create=True)
+        )
         stack.enter_context(mock.patch(f'{constants}.HF_HUB_OFFLINE', False))
         stack.enter_context(mock.patch(f'{constants}.HF_HUB_DISABLE_XET', True, create=True))
         yield
@@ -227,4 +230,5 @@ def _trickle(where: str, scratch: Path) -> str:
         process.kill()
         if server.repos and _held(server.repos.get(('model', REPO))) and where == 'check the token':
             return 'something was pushed'
-    return why_no_line(code, (scratch / 'push.err').read_text()) or ''
+    lines = [line for line in (scratch / 'push.err').read_text().splitlines() if '%|' not in line]  # bars
+    return why_no_line(code, '\n'.join(line for line in lines if line)) or ''

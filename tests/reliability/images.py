@@ -12,8 +12,10 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
@@ -55,9 +57,24 @@ FORMATS: dict[str, tuple[str, dict]] = {  # by name: Pillow's, and how it is wri
     'EPS': ('RGB', {}),
 }
 DAMAGES = ('whole', 'one bit', 'bits', 'header', 'cut', 'hole', 'spliced', 'noise', 'dimensions')
-READERS: dict[str, Callable[[str], Image.Image]] = {
-    'experiments.data.FileImages': lambda path: FileImages([path], [0])[0][0],
-}
+
+
+def readers() -> dict[str, Callable[[str], Image.Image]]:
+    """Whatever reads an image for a command, by name."""
+    found: dict[str, Callable[[str], Image.Image]] = {'experiments/data.py': lambda path: FileImages([path], [0])[0][0]}
+    with suppress(ImportError):
+        from timm_senetv2.images import LabelledImages
+
+        def labelled(path: str) -> Image.Image:
+            reader = type('Reader', (), dict(samples=[(path, 0)], __getitem__=lambda *_: (open(path, 'rb'), 0)))()
+            return LabelledImages('x', SimpleNamespace(reader=reader), [0], ['x'], 1).picture(0)
+
+        found['timm_senetv2/images.py'] = labelled
+    with suppress(ImportError):
+        from timm_senetv2.demo.images import read_image
+
+        found['timm_senetv2/demo/images.py'] = read_image
+    return found
 
 
 @cache
@@ -107,7 +124,7 @@ def damaged(name: str, damage: str, chance: random.Random) -> bytes:
     return bytes(content)
 
 
-def check(seed: int, share: float) -> Tally:
+def check(seed: int, share: float, jobs: int) -> Tally:
     """Read damaged images in processes of their own, whose crash or hunger for memory is seen."""
     tally = Tally('images')
     chance = random.Random(seed)
@@ -115,11 +132,11 @@ def check(seed: int, share: float) -> Tally:
     absent = sorted(FORMATS.keys() - set(names))
     if absent:
         tqdm.write(f'this Pillow writes no {", ".join(absent)}')
-    every = itertools.cycle(itertools.product(names, DAMAGES, READERS))
-    jobs = [(*next(every), chance.getrandbits(32)) for _ in range(round(COUNT * share))]
-    batches = [jobs[i : i + 100] for i in range(0, len(jobs), 100)]
-    with tqdm(total=len(jobs), desc='images', unit='image', disable=None) as bar:
-        with ProcessPoolExecutor(2, mp_context=context(), initializer=_prepare) as pool:
+    every = itertools.cycle(itertools.product(names, DAMAGES, readers()))
+    cases = [(*next(every), chance.getrandbits(32)) for _ in range(round(COUNT * share))]
+    batches = [cases[i : i + 100] for i in range(0, len(cases), 100)]
+    with tqdm(total=len(cases), desc='images', unit='image', disable=None) as bar:
+        with ProcessPoolExecutor(jobs, mp_context=context(), initializer=_prepare) as pool:
             futures = [pool.submit(_read_batch, batch) for batch in batches]
             for batch, future in zip(batches, futures, strict=True):
                 try:
@@ -138,14 +155,14 @@ def _prepare() -> None:
 
 
 def _read_batch(jobs: list[tuple[str, str, str, int]]) -> list[tuple[str, str, float, str]]:
-    found = []
+    found, reads = [], readers()
     with tempfile.TemporaryDirectory() as folder:
         for name, damage, reader, seed in jobs:
             chance = random.Random(seed)
             path = Path(folder) / f'x{chance.choice(SUFFIXES)}'
             path.write_bytes(damaged(name, damage, chance))
-            reading = partial(_why_wrong, READERS[reader], str(path), damage)
-            found.append((f'{name}, {damage}', *outcome_of(reading)))
+            reading = partial(_why_wrong, reads[reader], str(path), damage)
+            found.append((f'{reader}: {name}, {damage}', *outcome_of(reading)))
             path.unlink()
     return found
 

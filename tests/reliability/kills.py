@@ -7,6 +7,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -84,39 +85,43 @@ def _nothing(folder: Path) -> None:
 _SUBSET = ('out', '--per-class', '4')
 COMMANDS = (
     Command('timm-senetv2 convert', 'timm_senetv2.commands', ('convert', 'best.pth', '--model', 'small_saecnn')
-            + ('--out', 'out'), _checkpoint, 'out', 24),
+            + ('--out', 'out'), _checkpoint, 'out', 28),
     Command('timm-senetv2 push --dry-run', 'timm_senetv2.commands', ('push', '--model', 'cifar_resnet20')
-            + ('--pretrained', 'fmnist', '--repo-id', 'me/x', '--dry-run', 'out'), _nothing, 'out', 20),
+            + ('--pretrained', 'fmnist', '--repo-id', 'me/x', '--dry-run', 'out'), _nothing, 'out', 24),
     Command('docs.py', 'docs', ('page.md',), _page, 'page.md', 14),
-    Command('make_imagenet_subset.py, folder', 'make_imagenet_subset', ('src', *_SUBSET), _images, 'out', 12, True),
-    Command('make_imagenet_subset.py, tar', 'make_imagenet_subset', ('src.tar', *_SUBSET), _tar, 'out', 12, True),
+    Command('make_imagenet_subset.py, folder', 'make_imagenet_subset', ('src', *_SUBSET), _images, 'out', 14, True),
+    Command('make_imagenet_subset.py, tar', 'make_imagenet_subset', ('src.tar', *_SUBSET), _tar, 'out', 14, True),
     Command('quickstart.py', 'quickstart', ('--models', 'small_cnn', '--epochs', '1', '--out', 'out')
-            , _nothing, 'out', 12),
+            , _nothing, 'out', 8),
     Command('reproduce.py', 'reproduce', ('--dataset', 'digits', '--limit', '128', '--models', 'small_cnn', '--epochs')
             + ('2', '--batch-size', '64', '--image-size', '8', '--seeds', '0', '1', '--out', 'out', '--device', 'cpu')
-            + ('--save-weights',), _nothing, 'out', 16, True),
+            + ('--save-weights',), _nothing, 'out', 10, True),
 )  # fmt: skip
 
 
-def check(seed: int, share: float) -> Tally:
+def check(seed: int, share: float, jobs: int) -> Tally:
     """Kill each command, a share of its full number of times, and run it again after each kill."""
     tally = Tally('kills')
-    chance = random.Random(seed)
     commands = COMMANDS if share == 1 else COMMANDS[:3]
-    numbers = {command.name: max(2, round(command.kills * share)) for command in commands}
+    numbers = {command: max(2, round(command.kills * share)) for command in commands}
     with tqdm(total=sum(numbers.values()), desc='kills', unit='kill', disable=None) as bar:
-        for command in commands:
+
+        def kill(command: Command) -> None:
+            chance = random.Random(f'{seed} {command.name}')
             with tempfile.TemporaryDirectory() as scratch:
                 trial = _Trial(command, Path(scratch))
-                for number in range(numbers[command.name]):
+                for number in range(numbers[command]):
                     began = time.monotonic()
                     case, wrong = trial.kill(number, chance)
-                    outcome = 'right' if wrong is None else 'failed'
-                    tally.add(f'{command.name}, {case}', outcome, 0.0, wrong or '')
-                    tally.rows[f'{command.name}, {case}'].slowest_s = max(
-                        tally.rows[f'{command.name}, {case}'].slowest_s, time.monotonic() - began
-                    )
+                    case = f'{command.name}, {case}'
+                    tally.add(case, 'right' if wrong is None else 'failed', 0.0, wrong or '')
+                    tally.rows[case].slowest_s = max(tally.rows[case].slowest_s, time.monotonic() - began)
                     bar.update()
+
+        with ThreadPoolExecutor(jobs) as pool:
+            for future in [pool.submit(kill, command) for command in reversed(commands)]:  # the longest first
+                future.result()
+    tally.rows = dict(sorted(tally.rows.items()))
     return tally
 
 

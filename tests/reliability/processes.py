@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from typing import Any
 PRELOADED = ('reliability.preloaded',)
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _STEPS = {'os.rename', 'os.mkdir', 'os.remove', 'os.rmdir', 'os.chmod', 'os.link', 'os.symlink', 'os.truncate'}
+
+
+_STARTING = threading.Lock()  # the first start is that of the server too
 
 
 @dataclass
@@ -37,7 +41,8 @@ def context() -> Any:
 def start(main: Callable[..., object], *args: Any, folder: Path, log: Path, strike: Strike | None = None) -> Any:
     """Start `main(*args)` in a process whose working directory is `folder`; stdout and stderr go to `log`.out, .err."""
     process = context().Process(target=_run, args=(main, args, folder, log, strike), daemon=True)
-    process.start()
+    with _STARTING:
+        process.start()
     return process
 
 

@@ -34,7 +34,7 @@ def _load(url: str, cache: str, weights: str) -> None:
             raise SystemExit(f'{key} differs')
 
 
-def check(seed: int, share: float) -> Tally:
+def check(seed: int, share: float, jobs: int) -> Tally:
     """Start them at once and see what each of them says, and what is there afterwards."""
     tally = Tally('shared_cache')
     count, rounds = (PROCESSES, 4) if share == 1 else (2, 1)

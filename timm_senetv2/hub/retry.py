@@ -84,7 +84,7 @@ def _explain(error: Exception, repo_id: str) -> tuple[str, bool, float] | None:
         for e in causes
     ):
         return 'the connection to the Hub failed; see to the network and run it again', True, 0.0
-    if isinstance(error, (AttributeError, IndexError, KeyError, TypeError, JSONDecodeError)):
+    if isinstance(error, (AttributeError, IndexError, KeyError, OverflowError, TypeError, JSONDecodeError)):
         version = huggingface_hub.__version__
         return f'the Hub gave an answer that huggingface_hub {version} cannot read; try again later', False, 0.0
     if not isinstance(error, (OSError, RuntimeError, ValueError, SafetensorError)):

@@ -100,6 +100,8 @@ def check_target(repo_id: str, revision: str = 'main') -> None:
     """
     shown = printable(repo_id)
     try:
+        if not repo_id.isprintable():  # older clients let a newline at the end pass
+            raise HFValidationError
         validate_repo_id(repo_id)
     except HFValidationError:
         raise UserError(

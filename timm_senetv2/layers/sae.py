@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._checks import check_whole_number
+from ._checks import check_switch, check_whole_number
 from ._eager import is_compiled, is_observed, is_plain
 
 _WEIGHTS = ('fc1.weight', 'fc1.bias', 'fc2.weight', 'fc2.bias')
@@ -81,7 +81,8 @@ class SqueezeAggregatedExcitation(nn.Module):
             dtype: Dtype of the parameters.
 
         Raises:
-            ValueError: A size that is not a whole number above zero, or an unknown gate; names argument and value.
+            ValueError: A size that is not a whole number above zero, an unknown gate, an activation that is no module
+                class, or a switch that is neither True nor False; names argument and value.
         """
         super().__init__()
         check_whole_number('channels', channels)
@@ -94,10 +95,15 @@ class SqueezeAggregatedExcitation(nn.Module):
             if gate_layer not in _GATES:
                 raise ValueError(f'gate_layer must be one of {", ".join(_GATES)} or a module class, got {gate_layer!r}')
             gate_layer = _GATES[gate_layer]
+        for name, layer in (('act_layer', act_layer), ('gate_layer', gate_layer)):
+            if not callable(layer):
+                raise ValueError(f'{name} must be a module class, got {layer!r}')
+        check_switch('bias', bias)
+        check_switch('add_identity', add_identity)
         self.channels = channels
         self.cardinality = cardinality
         self.rd_channels = rd_channels
-        self.add_identity = bool(add_identity)
+        self.add_identity = add_identity
 
         # nn.Linear's default initialisation depends on fan-in alone, so stacking the branches' rows leaves it unchanged
         self.fc1 = nn.Linear(channels, cardinality * rd_channels, bias=bias, device=device, dtype=dtype)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..layers import SqueezeAggregatedExcitation
-from ..layers._checks import check_whole_number
+from ..layers._checks import check_switch, check_whole_number
 
 # What has no meaning without attention, and without aggregation
 _OF_ATTENTION = ('sae_reduction', 'sae_add_identity', 'sae_bias')
@@ -29,8 +29,7 @@ def sae_layer(
     check_whole_number('sae_reduction', sae_reduction)
     check_whole_number('sae_cardinality', sae_cardinality)
     for name, value in (('sae_add_identity', sae_add_identity), ('sae_bias', sae_bias)):
-        if not isinstance(value, bool):
-            raise ValueError(f'{name} must be True or False, got {value!r}')
+        check_switch(name, value)
     return partial(
         SqueezeAggregatedExcitation,
         reduction=sae_reduction,
