@@ -155,9 +155,9 @@ def _overview(measured: Measurement, title: str) -> Figure:
         ('channels whose gate is constant', '#009E73', 's', [layer.constant for layer in layers]),
     ):
         axes.plot(places, [_percent(v) for v in values], marker=marker, color=colour, label=label, markersize=5)
-    axes.set_ylim(bottom=0)
-    axes.margins(y=0.15)
-    _legend(axes)
+    axes.set_ylim(0, 145)  # room for the legend
+    axes.set_yticks(range(0, 101, 20))
+    _legend(axes, 'upper left')
 
     axes = grid[0, 2]
     axes.set_axisbelow(True)
@@ -261,8 +261,8 @@ def _name_blocks(axes: Any, layers: Sequence[LayerGates]) -> None:
     axes.set_xlim(-0.6, len(names) - 0.4)
 
 
-def _legend(axes: Any) -> None:
-    axes.legend(frameon=True, framealpha=0.85, edgecolor='none', fontsize=8, loc='best')
+def _legend(axes: Any, place: str = 'best') -> None:
+    axes.legend(frameon=True, framealpha=0.85, edgecolor='none', fontsize=8, loc=place)
 
 
 def _say(axes: Any, text: str) -> None:
