@@ -325,10 +325,14 @@ def _failure(error: Exception, run: Run, cluster: Cluster) -> Exception:
         if isinstance(cause, OSError) and is_full_disk(cause):
             return OSError(cause.errno, cause.strerror, cause.filename)
         return RuntimeError(f'{run.spec} seed {run.seed} failed in its worker\n{error}')
+    name = f'{run.spec} seed {run.seed}'
+    died = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
+    if not isinstance(error, died):
+        return UserError(f'{name} could not be made by Ray: {one_line(error)}')
     tries = f'{cluster.max_retries + 1} times' if cluster.max_retries else 'once'
     return UserError(
-        f'{run.spec} seed {run.seed} was tried {tries}, and its worker or node died ({one_line(error)[:200]}); run '
-        f'the same command again, and it goes on at the last finished epoch'
+        f'{name} was tried {tries}, and its worker or node died ({one_line(error)[:200]}); run the same command '
+        f'again, and it goes on at the last finished epoch'
     )
 
 
