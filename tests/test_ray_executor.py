@@ -141,12 +141,13 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def history(out: Path, run: str) -> list[str]:
-    """The lines of a run's finished epochs, with the seconds that each took: an epoch made twice shows."""
+def history(out: Path, run: str) -> list[list[float]]:
+    """The rows of a run's finished epochs, with the seconds that each took: an epoch made twice shows."""
     try:
-        return (out / 'runs' / run / 'history.csv').read_text().splitlines()[1:]
+        lines = (out / 'runs' / run / 'history.csv').read_text().splitlines()[1:]
     except OSError:
         return []
+    return [[float(value) for value in line.split(',')] for line in lines]
 
 
 @pytest.fixture(scope='module', autouse=True)
