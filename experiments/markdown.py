@@ -270,6 +270,27 @@ def step_times(name: str) -> str:
     return f'```bash\n{rows[0]["command"]}\n```\n\n{step_time.table(rows, read_results(folder)[0])}'
 
 
+def sweep() -> str:
+    """What Ray costs a run of a grid."""
+    rows = read_csv(RESULTS / 'sweep_cost.csv')
+    lines = [
+        '| | Runs at once | First run made after, s | Each further run, ms | Least to most |',
+        '|---|--:|--:|--:|--:|',
+    ]
+    for row in rows:
+        spread = f'{row["run_ms_least"]} to {row["run_ms_most"]}'
+        lines.append(f'| {row["way"]} | {row["at_once"]} | {row["start_s"]} | {row["run_ms"]} | {spread} |')
+    first = rows[0]
+    one = next(row for row in rows if row['way'] != first['way'] and row['at_once'] == '1')
+    cost = float(one['run_ms']) - float(first['run_ms'])
+    caption = (
+        f'`python -m experiments.sweep_cost`: {first["runs"]} runs of one epoch, one thread each, medians of '
+        f'{first["rounds"]} rounds on a shared {first["machine"]}, torch {first["torch"]}. Made one at a time, a run '
+        f'takes {abs(cost):.0f} ms {"more" if cost >= 0 else "less"} with Ray.'
+    )
+    return '\n'.join([*lines, '', caption])
+
+
 def weights() -> str:
     """The weights that the package carries, and the accuracies of the runs they come from."""
     results = {row['run']: row for row in read_results(RESULTS / 'runs' / 'fmnist')[0]}
@@ -354,6 +375,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
         speed,
         step_times,
         summary,
+        sweep,
         tags,
         weights,
     )

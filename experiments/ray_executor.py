@@ -19,6 +19,7 @@ import platform
 import re
 import signal
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -227,6 +228,9 @@ def _drive(connection: Connection, log: Path, cluster: Cluster, task: _Task, run
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(output, 1)  # what Ray has to say, it says to these two
     os.dup2(output, 2)
+    # Ray lets workers look for modules in the driver's folder and that of its script first: another clone may be there
+    os.chdir(log.parent)
+    sys.argv = [str(log)]
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')  # no telemetry unless asked for
     os.environ.setdefault('RAY_task_oom_retries', str(cluster.max_retries))  # Ray's own is without end
     os.environ.setdefault('RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO', '0')
@@ -321,10 +325,14 @@ def _failure(error: Exception, run: Run, cluster: Cluster) -> Exception:
         if isinstance(cause, OSError) and is_full_disk(cause):
             return OSError(cause.errno, cause.strerror, cause.filename)
         return RuntimeError(f'{run.spec} seed {run.seed} failed in its worker\n{error}')
+    name = f'{run.spec} seed {run.seed}'
+    died = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
+    if not isinstance(error, died):
+        return UserError(f'{name} could not be made by Ray: {one_line(error)}')
     tries = f'{cluster.max_retries + 1} times' if cluster.max_retries else 'once'
     return UserError(
-        f'{run.spec} seed {run.seed} was tried {tries}, and its worker or node died ({one_line(error)[:200]}); run '
-        f'the same command again, and it goes on at the last finished epoch'
+        f'{name} was tried {tries}, and its worker or node died ({one_line(error)[:200]}); run the same command '
+        f'again, and it goes on at the last finished epoch'
     )
 
 
