@@ -179,7 +179,7 @@ def plan(
     if data is None and images is None:
         raise UserError(f'the size of the data set {recipe["dataset"]!r} is not known; give --images')
     device, compiled = GPUS[gpu], bool(recipe.get('torchcompile'))
-    args = dict(num_classes=_whole(recipe, 'num_classes', 0)) if 'num_classes' in recipe else {}
+    args: dict[str, Any] = dict(num_classes=_whole(recipe, 'num_classes', 0)) if 'num_classes' in recipe else {}
     rate = measured(name.partition('.')[0], device, compiled, results) if results else None
     source = 'measured by scripts/benchmark.py' if rate else "estimated from the memory's bandwidth"
     rate = rate or images_per_second(name, device, compiled, args)

@@ -9,7 +9,6 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from timm_senetv2.errors import UserError, one_line, printable
 from timm_senetv2.files import sha256
+from timm_senetv2.images import ImageError, formats
 from timm_senetv2.models.cifar import CIFAR_MEAN, CIFAR_STD
 
 DATASETS = ('digits', 'fashion-mnist', 'cifar10', 'cifar100')
@@ -33,14 +33,6 @@ DIGITS_MEAN, DIGITS_STD = (0.3053,) * 3, (0.3758,) * 3
 MOST_FASHION_MNIST = 100_000  # images; the header of a damaged file may announce any number
 COMPARED_BYTES = 2**32  # of images of equal size, read to see whether they are copies of each other
 logging.getLogger('PIL').setLevel(logging.CRITICAL)  # some decoders log what they raise, and the log goes to stderr
-
-
-class ImageError(UserError):
-    """An image that cannot be read."""
-
-    def __init__(self, message: str) -> None:
-        # a loader's worker hands an exception on with its traceback in front of the message
-        super().__init__(message.strip().splitlines()[-1].removeprefix(f'{__name__}.ImageError: '))
 
 
 class ArrayImages(Dataset):
@@ -73,20 +65,13 @@ class FileImages(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         path = self.paths[index]
         try:
-            with Image.open(path, formats=_formats()) as file:
+            with Image.open(path, formats=formats()) as file:
                 image = file.convert('RGB')
         except Exception as e:  # each of Pillow's decoders has its own for damaged files
             raise ImageError(
                 f'{printable(path)} cannot be read as an image ({one_line(e)}); repair it or take it away'
             ) from None
         return self.transform(image) if self.transform else image, self.targets[index]
-
-
-@cache
-def _formats() -> list[str]:
-    """Pillow's formats but EPS: that is a program, which Pillow has Ghostscript run, whatever the file is called."""
-    Image.init()
-    return [name for name in Image.ID if name != 'EPS']
 
 
 @dataclass

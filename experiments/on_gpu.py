@@ -49,7 +49,7 @@ def steps(device: str, quick: bool, out: Path, data: Sequence[str] = ()) -> list
         words = ['scripts/reproduce.py', '--device', device, '--models', *models, '--out', str(out / 'runs' / name)]
         if quick:
             words += ['--dataset', 'digits', '--limit', '64', '--batch-size', '32', '--seeds', '0']
-            kept = [word for word in ('--save-weights', '--channels-last', '--amp') if word in options]
+            kept: list[str] = [word for word in ('--save-weights', '--channels-last', '--amp') if word in options]
             kept += ['--per-class', '4'] if '--per-class' in options else []
             kept += ['--init', options[options.index('--init') + 1]] if '--init' in options else []
             words += [*kept, '--image-size', '32', '--epochs', '1']

@@ -144,7 +144,7 @@ def plot_curves(rows: list[Row]) -> bytes:
                 lowest += [min(curves[epoch]) for epoch in x[len(x) // 2 :]]
             label = f'{model} (ends at {means[-1]:.1f})' if model in far else model
             if len(x) == 1:  # not trained, or tested once
-                axes.axhline(means[0], color=colour, label=label, linewidth=1.2, linestyle='--')
+                axes.axhline(float(means[0]), color=colour, label=label, linewidth=1.2, linestyle='--')
             else:
                 axes.plot(x, means, color=colour, label=label, linewidth=width)
             if len(models) <= 6:  # more bands hide each other
@@ -259,7 +259,7 @@ def plot_fresh(rows: list[Row]) -> bytes:
     )
     with _style():
         figure = Figure(figsize=(11, 3.6 + 0.12 * len(models)), layout='constrained')
-        figure.get_layout_engine().set(w_pad=0.15)  # type: ignore[union-attr]
+        figure.get_layout_engine().set(w_pad=0.15)  # type: ignore[union-attr, call-arg]
         for axes, (title, unit, value) in zip(figure.subplots(1, 3), panels, strict=True):
             for (model, own), colour in zip(models.items(), _colours(len(models)), strict=True):
                 by_epoch: dict[int, list[float]] = {}

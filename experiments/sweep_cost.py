@@ -102,10 +102,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with write_atomically(args.out) as temporary, temporary.open('w', newline='') as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
         writer.writeheader()
-        for (way, at_once), times in measured.items():
+        for (title, at_once), times in measured.items():
             per_run = [1000 * seconds for _, seconds, _ in times]
             row = (
-                way,
+                title,
                 at_once,
                 args.runs,
                 args.rounds,

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,13 @@ class ImageError(UserError):
     def __init__(self, message: str) -> None:
         # a loader's worker hands an exception on with its traceback in front of the message
         super().__init__(message.strip().splitlines()[-1].removeprefix(f'{__name__}.ImageError: '))
+
+
+@cache
+def formats() -> list[str]:
+    """Pillow's formats but EPS: that is a program, which Pillow has Ghostscript run, whatever the file is called."""
+    Image.init()
+    return [name for name in Image.ID if name != 'EPS']
 
 
 class LabelledImages(Dataset[tuple[Any, int]]):
@@ -100,7 +108,7 @@ class LabelledImages(Dataset[tuple[Any, int]]):
                 image = self._source[place][0]
             else:
                 with reader[place][0] as file:
-                    image = Image.open(file)
+                    image = Image.open(file, formats=formats())
                     image.load()
             return image.convert('RGB')  # type: ignore[no-any-return]
         except Exception as e:  # each of Pillow's decoders has its own for damaged files
