@@ -229,7 +229,7 @@ def plot_cost(rows: list[Row], times: Sequence[Row]) -> bytes:
             axes.margins(x=0.15)
             narrow = np.divide(*axes.get_xlim()[::-1]) < 10
             axes.xaxis.set_major_formatter(lambda value, _: f'{value:g}')
-            axes.xaxis.set_minor_formatter((lambda value, _: f'{value:.4g}') if narrow else (lambda value, _: ''))
+            axes.xaxis.set_minor_formatter((lambda value, _: f'{value:.6g}') if narrow else (lambda value, _: ''))
             axes.tick_params(axis='x', which='both', labelsize=8, labelrotation=45)
             axes.spines[['top', 'right']].set_visible(False)
             axes.grid(alpha=0.25)
