@@ -259,7 +259,8 @@ def plot_fresh(rows: list[Row]) -> bytes:
     )
     with _style():
         figure = Figure(figsize=(11, 3.6 + 0.12 * len(models)), layout='constrained')
-        figure.get_layout_engine().set(w_pad=0.15)  # type: ignore[union-attr]
+        engine: Any = figure.get_layout_engine()
+        engine.set(w_pad=0.15)
         for axes, (title, unit, value) in zip(figure.subplots(1, 3), panels, strict=True):
             for (model, own), colour in zip(models.items(), _colours(len(models)), strict=True):
                 by_epoch: dict[int, list[float]] = {}
