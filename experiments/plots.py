@@ -144,7 +144,7 @@ def plot_curves(rows: list[Row]) -> bytes:
                 lowest += [min(curves[epoch]) for epoch in x[len(x) // 2 :]]
             label = f'{model} (ends at {means[-1]:.1f})' if model in far else model
             if len(x) == 1:  # not trained, or tested once
-                axes.axhline(means[0], color=colour, label=label, linewidth=1.2, linestyle='--')
+                axes.axhline(float(means[0]), color=colour, label=label, linewidth=1.2, linestyle='--')
             else:
                 axes.plot(x, means, color=colour, label=label, linewidth=width)
             if len(models) <= 6:  # more bands hide each other
