@@ -229,7 +229,7 @@ def plot_cost(rows: list[Row], times: Sequence[Row]) -> bytes:
             axes.margins(x=0.15)
             narrow = np.divide(*axes.get_xlim()[::-1]) < 10
             axes.xaxis.set_major_formatter(lambda value, _: f'{value:g}')
-            axes.xaxis.set_minor_formatter((lambda value, _: f'{value:.4g}') if narrow else (lambda value, _: ''))
+            axes.xaxis.set_minor_formatter((lambda value, _: f'{value:.6g}') if narrow else (lambda value, _: ''))
             axes.tick_params(axis='x', which='both', labelsize=8, labelrotation=45)
             axes.spines[['top', 'right']].set_visible(False)
             axes.grid(alpha=0.25)
@@ -259,7 +259,8 @@ def plot_fresh(rows: list[Row]) -> bytes:
     )
     with _style():
         figure = Figure(figsize=(11, 3.6 + 0.12 * len(models)), layout='constrained')
-        figure.get_layout_engine().set(w_pad=0.15)  # type: ignore[union-attr, call-arg]
+        engine: Any = figure.get_layout_engine()
+        engine.set(w_pad=0.15)
         for axes, (title, unit, value) in zip(figure.subplots(1, 3), panels, strict=True):
             for (model, own), colour in zip(models.items(), _colours(len(models)), strict=True):
                 by_epoch: dict[int, list[float]] = {}

@@ -85,14 +85,14 @@ def build(spec: ModelSpec, num_classes: int, source: Source | None = None, shape
     Args:
         spec: Name, options and start.
         num_classes: Of the data.
-        source: The weights to start from, which every start but 'scratch' needs.
+        source: The weights to start from, which every start but 'scratch' needs; not for shapes alone.
         shapes_only: Build it on the meta device, without loading weights.
 
     Raises:
         UserError: Options that the model does not take, or weights that do not fit; names the model.
     """
     load = spec.start != 'scratch'
-    if load and source is None:
+    if load and source is None and not shapes_only:
         raise UserError(f'{spec} starts from trained weights; say which by --init')
     if spec.start == 'keep' and source is not None and source.num_classes != num_classes:
         raise UserError(

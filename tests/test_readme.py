@@ -27,6 +27,9 @@ from timm_senetv2 import hub
 ROOT = Path(__file__).parents[1]
 README = ROOT / 'README.md'
 PAGES = [README, *sorted((ROOT / 'docs').glob('*.md')), ROOT / 'results' / 'README.md', ROOT / 'results' / 'lift.md']
+FAILS = (
+    'upstream-num-classes.md'  # its first block shows an error of others; tests/integration/test_upstream.py runs it
+)
 LAUNCHERS = ('timm-senetv2', '-m timm_senetv2', 'scripts/', 'tests/', 'docs/examples/', 'python -m experiments')
 SLOW = '<!-- slow: '  # in the line above a block: it compiles or converts, which takes a minute
 CONTINUES = '<!-- continues -->'  # in the line above a block that uses files of the block before
@@ -55,7 +58,7 @@ def lacking(code: str) -> list[str]:
 
 
 def snippets() -> Iterator:
-    for page in PAGES:
+    for page in (page for page in PAGES if page.name != FAILS):
         for i, (code, slow) in enumerate(blocks(page, 'python')):
             marks = [pytest.mark.slow] if slow else []
             if needed := lacking(code):
@@ -183,6 +186,8 @@ def test_command_and_its_options_exist(command):
         if script.startswith('docs/'):
             pytest.importorskip('segmentation_models_pytorch' if 'segmentation' in script else 'torchvision')
         text = help_of(*([sys.executable] if script.endswith('.py') else ['bash']), script)
+        if script == 'scripts/compare_architectures.py':  # hands on what it does not know
+            text += help_of(sys.executable, 'scripts/reproduce.py')
     for option in [word.partition('=')[0] for word in arguments if word.startswith('--')]:
         assert re.search(rf'(^|[\s,\[]){re.escape(option)}\b', text, flags=re.M), f'no option {option}'
 

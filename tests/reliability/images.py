@@ -84,7 +84,7 @@ def whole(name: str) -> bytes:
     y, x = np.mgrid[:37, :53]
     pixels = np.stack([5 * x, 7 * y, x * y], axis=2).astype(np.uint8)
     image = Image.fromarray(pixels)
-    image = Image.fromarray(pixels[..., 0].astype(np.uint16)) if mode == 'I;16' else image.convert(mode)
+    image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257) if mode == 'I;16' else image.convert(mode)
     buffer = io.BytesIO()
     try:
         image.save(buffer, **{'format': name, **options})
