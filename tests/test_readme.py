@@ -27,9 +27,7 @@ from timm_senetv2 import hub
 ROOT = Path(__file__).parents[1]
 README = ROOT / 'README.md'
 PAGES = [README, *sorted((ROOT / 'docs').glob('*.md')), ROOT / 'results' / 'README.md', ROOT / 'results' / 'lift.md']
-FAILS = (
-    'upstream-num-classes.md'  # its first block shows an error of others; tests/integration/test_upstream.py runs it
-)
+FAILS = 'upstream-num-classes.md'  # its first block shows an error of others; test_upstream.py runs it
 LAUNCHERS = ('timm-senetv2', '-m timm_senetv2', 'scripts/', 'tests/', 'docs/examples/', 'python -m experiments')
 SLOW = '<!-- slow: '  # in the line above a block: it compiles or converts, which takes a minute
 CONTINUES = '<!-- continues -->'  # in the line above a block that uses files of the block before
