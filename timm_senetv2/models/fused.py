@@ -8,8 +8,8 @@ multiplication and two additions for each element, and the squeeze is the only o
   commute with both, so mean(a·Wx + b) = a·W·mean(x) + b ("squeeze before expand"), and x has a quarter of the channels.
 * In training, the norm's statistics and the squeeze are one pass: the mean and the variance of each image and channel
   give those of the batch (Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
-  variances", 1979), and the squeeze is a·mean_n + b. Backward, autograd of this needs sum(g·y) and sum(g) over the
-  pixels, and writes the gradient of y: what a norm without attention pays.
+  variances", 1979), and the squeeze is a·mean_n + b. Backward, autograd of this needs sum(g·(y - mean)) and sum(g) over
+  the pixels, and writes the gradient of y: what a norm without attention pays.
 
 Under `torch.compile` the formulas are written as they are, and the compiler makes each pass one kernel. Eagerly only
 inference on a CPU gains.
