@@ -1,11 +1,23 @@
 """What all tests share: a fixed seed, and a Hub on loopback."""
 
+import os
 import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hub_server import HubServer
+
+SET_BY_LIBRARIES = {'PYTEST_CURRENT_TEST'}
+
+
+@pytest.fixture(autouse=True)
+def environment_stays() -> Iterator[None]:
+    """Fail a test that leaves PYTHONPATH and the like to the tests after it."""
+    before = dict(os.environ)
+    yield
+    changed = {k for k in before | dict(os.environ) if before.get(k) != os.environ.get(k)} - SET_BY_LIBRARIES
+    assert not changed, f'the test left other environment variables: {sorted(changed)}'
 
 
 @pytest.fixture(autouse=True)

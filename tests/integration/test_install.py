@@ -33,9 +33,13 @@ print(sum(facts.license is not None for facts in [timm_senetv2.hub.facts_of('sen
 """
 
 
-def run(*command, cwd=None, **env) -> str:
+def execute(*command, cwd=None, **env) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH' and not k.endswith('_AUTOLOAD')}
-    result = subprocess.run([str(c) for c in command], cwd=cwd, env=dict(clean, **env), capture_output=True, text=True)
+    return subprocess.run([str(c) for c in command], cwd=cwd, env=dict(clean, **env), capture_output=True, text=True)
+
+
+def run(*command, cwd=None, **env) -> str:
+    result = execute(*command, cwd=cwd, **env)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout.strip()
 
@@ -196,7 +200,7 @@ def test_command_without_its_extra_says_in_one_line_what_to_install(dist, enviro
             path.unlink()
     command = [environment.python, '-m', 'timm_senetv2']
     for name in ('push', 'cards'):
-        done = subprocess.run([*command, name, 'x'], cwd=tmp_path, capture_output=True, text=True)
+        done = execute(*command, name, 'x', cwd=tmp_path)
         line = f"error: timm-senetv2 {name} needs jinja2 and pydantic: pip install 'timm-senetv2[hub]'\n"
         assert (done.returncode, done.stderr) == (2, line)
     run(*command, 'push', '--help', cwd=tmp_path)

@@ -8,16 +8,17 @@ import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 PRELOADED = ('reliability.preloaded',)
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _STEPS = {'os.rename', 'os.mkdir', 'os.remove', 'os.rmdir', 'os.chmod', 'os.link', 'os.symlink', 'os.truncate'}
 
 
-_STARTING = threading.Lock()  # the first start is that of the server too
+_STARTING = threading.Lock()
 
 
 @dataclass
@@ -29,20 +30,23 @@ class Strike:
 
 
 def context() -> Any:
-    """The context of multiprocessing whose processes are forked from the one that imported `PRELOADED`."""
+    """The context of multiprocessing whose processes are forked from the one that imported `PRELOADED`.
+
+    That one starts here, with an environment of its own: what starts other processes later keeps the one it has.
+    """
     found = get_context('forkserver')
     found.set_forkserver_preload([*PRELOADED])
     # Python before 3.13 does not tell the server where to look
-    os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [*sys.path, os.environ.get('PYTHONPATH', '')]))
-    os.environ['OMP_NUM_THREADS'] = '1'
+    path = os.pathsep.join(filter(None, [*sys.path, os.environ.get('PYTHONPATH', '')]))
+    with _STARTING, patch.dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS='1'):
+        forkserver.ensure_running()
     return found
 
 
 def start(main: Callable[..., object], *args: Any, folder: Path, log: Path, strike: Strike | None = None) -> Any:
     """Start `main(*args)` in a process whose working directory is `folder`; stdout and stderr go to `log`.out, .err."""
     process = context().Process(target=_run, args=(main, args, folder, log, strike), daemon=True)
-    with _STARTING:
-        process.start()
+    process.start()
     return process
 
 
