@@ -12,7 +12,7 @@ python=${PYTHON:-.venv/bin/python}
 
 all=no
 [ "${1:-}" = --all ] && { all=yes; shift; }
-[ $# -gt 0 ] || set -- tests/test_layers.py tests/test_blocks.py tests/test_models.py
+[ $# -gt 0 ] || set -- tests/test_{layers,blocks,models,fused,eager}.py
 logs=build/instruction_sets
 mkdir -p "$logs"
 
