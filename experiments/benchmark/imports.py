@@ -40,7 +40,9 @@ def sample(module: str) -> tuple[float, float]:
     Raises:
         UserError: An import that fails, or an entry point that is not installed.
     """
-    environment = {k: v for k, v in os.environ.items() if not k.endswith('_AUTOLOAD')}
+    # with byte code in its caches, as pip leaves a package, even where this machine's user wants none written
+    without = ('PYTHONDONTWRITEBYTECODE',)
+    environment = {k: v for k, v in os.environ.items() if not k.endswith('_AUTOLOAD') and k not in without}
     environment['TORCH_DEVICE_BACKEND_AUTOLOAD'] = '0'
     command = [sys.executable, '-c', PROGRAM.format(module=module)]
     child = subprocess.run(command, env=environment, capture_output=True, text=True)

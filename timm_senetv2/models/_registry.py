@@ -21,7 +21,6 @@ def register_model(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def register_model_deprecations(module_name: str, current_names: Mapping[str, str]) -> None:
     """Register old model names, each with its current one, except those that timm has: they stay timm's."""
-    ours = get_deprecated_models()
-    taken = [old for old, new in current_names.items() if is_model(old) and ours.get(old) != new]
+    taken = [old for old, new in current_names.items() if is_model(old) and get_deprecated_models().get(old) != new]
     name_clashes.extend(taken)
     timm_register_model_deprecations(module_name, {old: new for old, new in current_names.items() if old not in taken})

@@ -1,12 +1,14 @@
 """Where pretrained weights come from, and how SE weights, and weights without attention, become ours on the way in."""
 
+import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.layers import GroupNorm, GroupNorm1, LayerNorm2d
-from timm.models import PretrainedCfg, get_pretrained_cfg, split_model_name_tag
+from timm.models import PretrainedCfg, is_model, model_entrypoint, split_model_name_tag
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
@@ -28,12 +30,13 @@ def lifted_cfgs(kind: str, sources: Mapping[str, Iterable[str]]) -> dict[str, Pr
     cfgs = {}
     for model, names in sources.items():
         for name in names:
-            try:
-                cfg = get_pretrained_cfg(name)
-            except RuntimeError:  # timm has the architecture without this tag
-                continue
+            architecture, tag = split_model_name_tag(name)
+            # timm's get_pretrained_cfg copies deeply: for all sources, a third of what registration takes
+            known = getattr(sys.modules[model_entrypoint(name).__module__], 'default_cfgs', {}) if is_model(name) else {}
+            cfg = known[architecture].cfgs.get(tag) if architecture in known else None
             if cfg is not None and cfg.has_weights:
-                cfgs[f'{model}.{kind}_{split_model_name_tag(name)[1]}'] = cfg
+                hub_id = f'timm/{name}' if cfg.hf_hub_id == 'timm/' else cfg.hf_hub_id  # as timm completes it
+                cfgs[f'{model}.{kind}_{tag}'] = replace(cfg, hf_hub_id=hub_id)
     return cfgs
 
 
