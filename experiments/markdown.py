@@ -15,6 +15,7 @@ from timm_senetv2.errors import UserError, did_you_mean
 from . import step_time, tables
 from .benchmark import imports as benchmark_imports
 from .benchmark import report
+from .benchmark import traffic as benchmark_traffic
 from .benchmark.suite import BESIDE, TRIOS
 from .files import read_csv, read_results
 from .integrations import integrations
@@ -241,6 +242,11 @@ def imports() -> str:
     return benchmark_imports.table(RESULTS / 'benchmark_imports.csv')
 
 
+def traffic() -> str:
+    """The bytes that attention adds to a step, and the speed that they allow."""
+    return benchmark_traffic.table(RESULTS / 'benchmark_traffic.csv', RESULTS / 'benchmark_cpu.csv')
+
+
 def runs(name: str, baseline: str) -> str:
     """The commands that made the runs of a folder, their table and its caption."""
     results, _ = read_results(RESULTS / 'runs' / name)
@@ -377,6 +383,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
         summary,
         sweep,
         tags,
+        traffic,
         weights,
     )
 }

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for a package that is installed, and not as editable
 
-from experiments.benchmark import imports, report, suite  # noqa: E402
+from experiments.benchmark import imports, report, suite, traffic  # noqa: E402
 from experiments.benchmark.contestants import (  # noqa: E402
     COMPILE_MODES,
     DTYPES,
@@ -24,6 +24,7 @@ from experiments.benchmark.contestants import (  # noqa: E402
     create,
     require_engine,
 )
+from experiments.files import write_csv  # noqa: E402
 from timm_senetv2.commands import Parser  # noqa: E402
 from timm_senetv2.errors import UserError, run  # noqa: E402
 
@@ -76,6 +77,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         'other options only --rounds, --quick, --out and --name apply; the file is benchmark_NAME.csv',
     )
     parser.add_argument(
+        '--traffic',
+        action='store_true',
+        help='count instead the bytes that steps read and write, and time a copy; of the other options only --threads, '
+        '--quick, --out and --name apply; the file is benchmark_NAME.csv',
+    )
+    parser.add_argument(
         '--models',
         nargs='+',
         default=suite.MODELS,
@@ -116,7 +123,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--name',
         help='files are benchmark_NAME.csv, .md, .png, benchmark_NAME_rounds.csv and _kernels.csv '
-        '(default: the device with --suite, imports with --imports, else custom)',
+        '(default: the device with --suite, imports with --imports, traffic with --traffic, else custom)',
     )
     args = parser.parse_args(argv)
     if args.compile_mode != 'default' and not args.compile:
@@ -195,12 +202,19 @@ def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     command = shlex.join(['python', 'scripts/benchmark.py', *(word for word in words if word != '--resume')])
     if args.imports:
+        report.make_folder(Path(args.out))
         path = Path(args.out, f'benchmark_{args.name or "imports"}.csv')
-        imports.write(imports.measure(3 if args.quick else args.rounds, command), path)
+        write_csv(path, imports.COLUMNS, imports.measure(3 if args.quick else args.rounds, command))
         print(f'{imports.table(path)}\n\nwrote {path}')
         return
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.traffic:
+        report.make_folder(Path(args.out))
+        path = Path(args.out, f'benchmark_{args.name or "traffic"}.csv')
+        write_csv(path, traffic.COLUMNS, traffic.measure_all(args.quick, command))
+        print(f'wrote {path}')
+        return
     torch.backends.cudnn.benchmark = True  # as timm's benchmark.py: the sizes never change
     experiments = chosen(args)
     whole = suite.suite(args.device, args.quick).values() if args.suite is not None else [experiments]

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import benchmark
 import pytest
+import timm
 import torch
 
-from experiments.benchmark import contestants, imports, report, suite, timing
-from experiments.files import read_csv
+from experiments.benchmark import contestants, imports, report, suite, timing, traffic
+from experiments.files import read_csv, write_csv
 from timm_senetv2.errors import UserError, run
 from timm_senetv2.layers import SqueezeAggregatedExcitation
 
@@ -332,3 +333,57 @@ def test_missing_entry_point_is_one_line(monkeypatch):
         imports.sample('json')
     with pytest.raises(UserError, match='import no_such_module failed: ModuleNotFoundError'):
         imports.sample('no_such_module')
+
+
+def test_bytes_of_operations_are_those_of_their_tensors():
+    x, gate = torch.ones(4, 25), torch.ones(4, 1)
+    for step, moved in (
+        (lambda: x + x, 800),
+        (lambda: x * gate, 816),
+        (lambda: x * gate.expand(4, 25), 816),
+        (lambda: x.add_(gate), 816),
+        (lambda: x.t().reshape(25, 4), 0),
+        (lambda: torch.empty(100), 0),
+    ):
+        with traffic.Counter() as counter:
+            step()
+        assert (counter.moved, counter.operations) == (moved, 1 if moved else 0)
+
+
+def test_bytes_are_those_of_the_fused_tail_where_it_runs(tails):
+    setting = contestants.Setting(batch=8, size=128)
+    plain, _ = traffic.count('resnet18', setting)
+    ours, _ = traffic.count('senetv2_resnet18', setting)
+    assert len(tails) == 2 * 3  # the blocks of large input, in the step that is counted and in the one before
+    weights = sum(p.numel() for n, p in timm.create_model('senetv2_resnet18').named_parameters() if '.se.' in n)
+    images = 4 * 8 * sum(2 * c * size**2 for c, size in ((64, 32), (128, 16), (256, 8), (512, 4)))
+    # timm's tail reads the block's output once for the squeeze, and reads and writes it for the scale
+    assert 4 * weights + images < ours - plain < 4 * weights + 3 * images
+
+
+def test_bytes_of_a_training_step_are_those_of_the_optimizer_too():
+    layer = torch.nn.Linear(8, 8, bias=False)
+    optimizer = torch.optim.SGD(layer.parameters(), momentum=0.9, lr=0.1, foreach=False)
+    counter = traffic.Counter()
+    for _ in range(2):
+        layer(torch.ones(1, 8)).sum().backward()
+        with traffic._around_optimizers(counter):
+            optimizer.step()
+    before = counter.moved
+    optimizer.step()
+    assert counter.moved == before > 2 * 3 * layer.weight.nbytes  # and is not counted after
+
+
+def test_floor_follows_from_the_bytes_that_attention_adds(tmp_path):
+    setting = 'inference, cpu, eager, float32, NCHW, batch 1'
+    shared = dict(copy_mib_per_s=1000, machine='m', threads=2, torch='t', timm='t', command='c')
+    counted = [('resnet50', 100, 10), ('seresnet50', 130, 20), ('senetv2_resnet50', 150, 22)]
+    rows = [dict(setting=setting, contestant=c, mib=m, operations=o, **shared) for c, m, o in counted]
+    write_csv(tmp_path / 'traffic.csv', traffic.COLUMNS, rows)
+    speeds = [
+        dict(experiment=f'models, {setting}', contestant=c, baseline='resnet50', ms=ms, ratio=ratio)
+        for c, ms, ratio in (('resnet50', 150, 1), ('senetv2_resnet50', 250, 0.6))
+    ]
+    write_csv(tmp_path / 'cpu.csv', list(speeds[0]), speeds)
+    table = traffic.table(tmp_path / 'traffic.csv', tmp_path / 'cpu.csv')
+    assert f'| {setting} | 100 | 30 | 50 | 12 | 50.0 | 0.750 | 0.600 |' in table.splitlines()

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from timm_senetv2.errors import UserError
 
-from ..files import read_csv, write_csv
+from ..files import read_csv
 from .timing import machine, quartiles
 
 MODULES = ('torch', 'timm')
@@ -66,19 +66,6 @@ def measure(rounds: int, command: str) -> list[dict[str, Any]]:
             ms = dict(import_ms=f'{imported * 1e3:.6g}', registration_ms=f'{registered * 1e3:.6g}')
             rows.append(dict(module=module, round=i, **ms, **shared))
     return rows
-
-
-def write(rows: list[dict[str, Any]], path: Path) -> None:
-    """The file with the times of all rounds.
-
-    Raises:
-        UserError: A folder that cannot be written to.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f'cannot write to {path.parent}: {e.strerror}; give another --out') from e
-    write_csv(path, COLUMNS, rows)
 
 
 def table(path: Path) -> str:

@@ -48,6 +48,18 @@ ROUND_COLUMNS = ('experiment', 'contestant', 'round', 'ms')
 KERNEL_COLUMNS = ('experiment', 'contestant', 'kernel', 'kind', 'calls', 'ms')
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder for the files, if it is not there.
+
+    Raises:
+        UserError: It cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f'cannot write to {folder}: {e.strerror}; give another --out') from e
+
+
 class Files:
     """The files benchmark_NAME.csv, .md and .png, benchmark_NAME_rounds.csv and _kernels.csv of a folder."""
 
@@ -57,10 +69,7 @@ class Files:
         self.order = {title: i for i, title in enumerate(order)}
         self.columns = {'': COLUMNS, '_rounds': ROUND_COLUMNS, '_kernels': KERNEL_COLUMNS}
         self.rows: dict[str, list[Row]] = {part: [] for part in self.columns}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f'cannot write to {folder}: {e.strerror}; give another --out') from e
+        make_folder(folder)
 
     def _path(self, end: str) -> Path:
         return self.stem.with_name(self.stem.name + end)

@@ -30,14 +30,26 @@ def lifted_cfgs(kind: str, sources: Mapping[str, Iterable[str]]) -> dict[str, Pr
     cfgs = {}
     for model, names in sources.items():
         for name in names:
-            architecture, tag = split_model_name_tag(name)
-            # timm's get_pretrained_cfg copies deeply: for all sources, a third of what registration takes
-            known = getattr(sys.modules[model_entrypoint(name).__module__], 'default_cfgs', {}) if is_model(name) else {}
-            cfg = known[architecture].cfgs.get(tag) if architecture in known else None
+            cfg = _timms_cfg(name)
             if cfg is not None and cfg.has_weights:
-                hub_id = f'timm/{name}' if cfg.hf_hub_id == 'timm/' else cfg.hf_hub_id  # as timm completes it
-                cfgs[f'{model}.{kind}_{tag}'] = replace(cfg, hf_hub_id=hub_id)
+                cfgs[f'{model}.{kind}_{cfg.tag}'] = cfg
     return cfgs
+
+
+def _timms_cfg(name: str) -> PretrainedCfg | None:
+    """timm's config of `name.tag`; None where the installed timm has no such model or tag.
+
+    What timm's get_pretrained_cfg returns, without its deep copy: for all sources that is a third of registration.
+    """
+    if not is_model(name):
+        return None
+    architecture, tag = split_model_name_tag(name)
+    known = getattr(sys.modules[model_entrypoint(name).__module__], 'default_cfgs', {})
+    cfg = known[architecture].cfgs.get(tag) if architecture in known else None
+    if cfg is None:
+        return None
+    hub_id = f'timm/{name}' if cfg.hf_hub_id == 'timm/' else cfg.hf_hub_id  # as timm completes it
+    return replace(cfg, architecture=architecture, tag=tag, hf_hub_id=hub_id)
 
 
 def shipped_cfgs(models: Iterable[str], tag: str, cfg: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
