@@ -169,13 +169,15 @@ def table(path: Path, speeds: Path) -> str:
         '| | bytes, MiB | added by SE | by SaE | operations added | at the rate of a copy, ms | floor | measured |',
         '|---|--:|--:|--:|--:|--:|--:|--:|',
     ]
-    for setting, row in by_setting.items():
+    for setting, counted in by_setting.items():
         if (setting, OURS) not in measured:
             continue
-        mib = {name: float(row[name]['mib']) for name in MODELS}
+        mib = {name: float(counted[name]['mib']) for name in MODELS}
         added = mib[OURS] - mib[PLAIN]
-        more = int(row[OURS]['operations']) - int(row[PLAIN]['operations']) if row[OURS]['operations'] else ''
-        seconds = added / float(row[OURS]['copy_mib_per_s'])
+        more = (
+            int(counted[OURS]['operations']) - int(counted[PLAIN]['operations']) if counted[OURS]['operations'] else ''
+        )
+        seconds = added / float(counted[OURS]['copy_mib_per_s'])
         plain_seconds = float(measured[setting, PLAIN]['ms']) / 1e3
         cells = [
             f'{mib[PLAIN]:.0f}',
