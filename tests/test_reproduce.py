@@ -174,7 +174,7 @@ def test_an_executor_may_make_the_runs_anywhere_and_in_any_order(finished, tmp_p
                 yield future.result()
 
     args = reproduce.parse_args([*SMALL, '--seeds', '0', '1', '--epochs', '3', '--out', str(tmp_path)])
-    job = grid.Job(make_settings(args), tmp_path, command='')
+    job = grid.Job(make_settings(vars(args)), tmp_path, command='')
     text = grid.reproduce(args.models, args.seeds, job, executor=elsewhere)
     assert rows(tmp_path) == rows(finished)
     assert rows(tmp_path, 'curves.csv') == rows(finished, 'curves.csv')
@@ -187,7 +187,7 @@ def make_alone(run, job, batches, source):
 
 def settings(**changes) -> Settings:
     arguments = reproduce.parse_args(['--models', 'small_cnn', '--dataset', 'digits', '--out', 'x', '--device', 'cpu'])
-    return Settings(**{**vars(make_settings(arguments)), **changes})
+    return Settings(**{**vars(make_settings(vars(arguments))), **changes})
 
 
 def test_batches_from_memory_are_crops_and_flips_of_every_image_once():
@@ -323,7 +323,7 @@ def test_protocols_are_the_papers():
         args = reproduce.parse_args(
             ['--models', 'small_cnn', '--dataset', 'cifar10', '--out', 'x', '--protocol', protocol]
         )
-        chosen = make_settings(args)
+        chosen = make_settings(vars(args))
         model = timm.create_model('cifar_resnet20')
         return chosen, make_optimizer(model, chosen, updates=10)
 
