@@ -38,6 +38,8 @@ REPRODUCE = ('--dataset', 'digits', '--out', 'new', '--models')
         ('benchmark', ['--compile-mode', 'max-autotune'], 'has a meaning with --compile only; '),
         ('benchmark', ['--size', '0'], 'is not a whole number above zero'),
         ('benchmark', ['--models', 'small_cnn', '--resume'], 'benchmark_custom.csv'),
+        ('lift_worth', ['--results', 'empty'], 'empty has no runs'),
+        ('sweep_cost', ['--runs', '1', '--out', 'new'], '--runs must be at least 2'),
         ('quickstart', ['--epochs', 'ten'], "invalid int value: 'ten'"),
         ('quickstart', ['--models'], 'expected at least one argument'),
         ('reproduce', [*REPRODUCE], 'expected at least one argument'),
