@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from interpreters import run_code
+from interpreters import Interpreters
 
 from timm_senetv2.registration import MODEL_MODULES
 
@@ -27,6 +27,15 @@ def ours():
 
 # As with autoload turned off, in an interpreter that has torch
 NO_FINDER = "sys.meta_path[:] = [finder for finder in sys.meta_path if 'Timm' not in repr(finder)]\n"
+
+
+class Server:
+    interpreters: Interpreters
+
+
+@pytest.fixture(autouse=True, scope='module')
+def server(interpreters) -> None:
+    Server.interpreters = interpreters
 
 
 def fresh(code: str, *options: str, cwd: Path, files: dict[str, str] | None = None, cold: bool = False, **env: str):
@@ -44,7 +53,7 @@ def fresh(code: str, *options: str, cwd: Path, files: dict[str, str] | None = No
         command = [sys.executable, *options, '-c', code]
         result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     else:
-        result = run_code(code, cwd, path, clean)
+        result = Server.interpreters.run(code, cwd, path=path, env=clean)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip(), result.stderr
 
