@@ -11,6 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from interpreters import command
+from networks import images
 from torch import nn
 
 from experiments.randomize import randomize
@@ -36,10 +37,6 @@ def convert(capsys) -> Callable[..., Done]:
         return Done(done.value.code or 0, *capsys.readouterr())
 
     return call
-
-
-def images(n: int = 2) -> torch.Tensor:
-    return torch.randn(n, 3, 32, 32)
 
 
 # ---- the foreign architectures, in plain torch
