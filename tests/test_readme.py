@@ -114,8 +114,12 @@ def desk(tmp_path) -> Path:
 
 @pytest.mark.parametrize('snippet', list(snippets()))
 def test_python_snippet_runs(snippet, reader, desk):
-    # a reader's pictures fill a batch
-    done = reader.run(snippet.replace('batch_size=32', 'batch_size=4'), desk)
+    snippet = snippet.replace('batch_size=32', 'batch_size=4')  # a reader's pictures fill a batch
+    if 'export(' in snippet:  # which takes its time for every block
+        snippet = snippet.replace(
+            "create_model('cifar_senetv2_resnet20')", "create_model('cifar_senetv2_resnet20', depth=8)"
+        )
+    done = reader.run(snippet, desk)
     assert done.returncode == 0, done.stderr
     if 'ankle_boot' in snippet:
         assert done.stdout.startswith('Ankle boot')
