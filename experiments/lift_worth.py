@@ -1,11 +1,9 @@
 """Pictures of what adding attention to a trained network, and lifting one, is worth: from the rows in results/runs.
 
-    python -m experiments.lift_worth
-
-writes lift_worth_attention.png, lift_worth_lift.png and lift_worth_fresh.png in results/.
+`python scripts/lift_worth.py` is its command.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from .files import by_model, read_results, write_text
@@ -68,12 +66,13 @@ def panels(question: str, results: Path = RESULTS) -> dict[str, Mapping[str, Dif
     return {title: rows for title, rows in found.items() if rows}
 
 
-def main(questions: Sequence[str] = tuple(BASELINES), results: Path = RESULTS) -> None:
-    for question in questions:
+def draw(results: Path = RESULTS) -> list[Path]:
+    """Draw lift_worth_QUESTION.png in this folder for each question that has runs in it. The files written."""
+    written = []
+    for question, baseline in BASELINES.items():
         if found := panels(question, results):
-            picture = plot_differences(found, f'points of accuracy, less those of "{label(BASELINES[question])}"')
-            write_text(results / f'lift_worth_{question}.png', picture)
-
-
-if __name__ == '__main__':
-    main()
+            picture = plot_differences(found, f'points of accuracy, less those of "{label(baseline)}"')
+            path = results / f'lift_worth_{question}.png'
+            write_text(path, picture)
+            written.append(path)
+    return written

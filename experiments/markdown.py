@@ -290,7 +290,7 @@ def sweep() -> str:
     one = next(row for row in rows if row['way'] != first['way'] and row['at_once'] == '1')
     cost = float(one['run_ms']) - float(first['run_ms'])
     caption = (
-        f'`python -m experiments.sweep_cost`: {first["runs"]} runs of one epoch, one thread each, medians of '
+        f'`python scripts/sweep_cost.py`: {first["runs"]} runs of one epoch, one thread each, medians of '
         f'{first["rounds"]} rounds on a shared {first["machine"]}, torch {first["torch"]}. Made one at a time, a run '
         f'takes {abs(cost):.0f} ms {"more" if cost >= 0 else "less"} with Ray.'
     )

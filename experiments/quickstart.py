@@ -1,6 +1,5 @@
 """The quickstart: train small models with reproduce.py's loop, save them, load one again, and draw what it sees."""
 
-import argparse
 import json
 import os
 import shutil
@@ -131,15 +130,8 @@ def _half_the_cores(device: str) -> Iterator[None]:
 
 def _settings(epochs: int, seed: int, dataset: str) -> Settings:
     """What reproduce.py has with --protocol modern --batch-size 64 --channels-last."""
-    names = {name: None for name in Settings.__dataclass_fields__}
     return make_settings(
-        argparse.Namespace(
-            **{
-                **names,
-                **dict(dataset=dataset, protocol='modern', epochs=epochs, batch_size=64, crop_padding=4),
-                **dict(channels_last=True, compile=False, seeds=[seed], workers=0),
-            }
-        )
+        dict(dataset=dataset, protocol='modern', epochs=epochs, batch_size=64, channels_last=True, seeds=[seed])
     )
 
 

@@ -1,12 +1,12 @@
 """What determines a run's numbers: a model, a seed and the settings, each as words of a command line."""
 
-import argparse
 import ast
 import hashlib
 import itertools
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
@@ -221,70 +221,73 @@ def settings_from_text(row: dict[str, str]) -> Settings:
     return Settings(**values)
 
 
-def make_settings(args: argparse.Namespace, trained_here: bool = True) -> Settings:
-    """The settings of a command line, the protocol's numbers where it names none.
+def make_settings(given: Mapping[str, Any], trained_here: bool = True) -> Settings:
+    """Settings of these values, the protocol's numbers where there are none.
 
     Args:
-        args: Has the fields of Settings, None where the command line says nothing, and `seeds` and `workers`.
+        given: Fields of Settings by name, and `seeds` and `workers`, which are checked as well; None is as good as not
+            given, and other names do no harm, so the parsed options of a command line will do.
         trained_here: Whether the device must be one of this machine.
 
     Raises:
         UserError: A value out of its range; names the option.
     """
-    if args.protocol not in PROTOCOLS:
-        raise UserError(f'unknown protocol {args.protocol!r}: choose {", ".join(PROTOCOLS)}')
-    device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    given = {key: value for key, value in given.items() if value is not None}
+    dataset, name = given['dataset'], given.get('protocol', 'modern')
+    if name not in PROTOCOLS:
+        raise UserError(f'unknown protocol {name!r}: choose {", ".join(PROTOCOLS)}')
+    device = given.get('device', 'cuda' if torch.cuda.is_available() else 'cpu')
     if device == 'cuda' and trained_here and not torch.cuda.is_available():
         raise UserError('--device cuda: torch sees no GPU; leave the option out to run on the CPU')
-    protocol: dict[str, Any] = {
-        key: getattr(args, key, None) if getattr(args, key, None) is not None else value
-        for key, value in PROTOCOLS[args.protocol].items()
-    }
-    for name, value, least, most in (
+    protocol: dict[str, Any] = {key: given.get(key, value) for key, value in PROTOCOLS[name].items()}
+    seeds = given.get('seeds', [0])
+    for option, value, least, most in (
         ('--epochs', protocol['epochs'], 1, 10**6),
         ('--batch-size', protocol['batch_size'], 2, 10**6),
-        ('--image-size', args.image_size, 1, MOST_PIXELS),
-        ('--crop-padding', args.crop_padding, 0, MOST_PIXELS),
-        ('--workers', args.workers, 0, 256),
+        ('--image-size', given.get('image_size'), 1, MOST_PIXELS),
+        ('--crop-padding', given.get('crop_padding'), 0, MOST_PIXELS),
+        ('--workers', given.get('workers'), 0, 256),
         ('--weight-decay', protocol['weight_decay'], 0, None),
-        ('--seeds', min(args.seeds), 0, None),
-        ('--limit', args.limit, 1, None),
-        ('--per-class', args.per_class, 1, None),
-        ('--epoch-repeats', args.epoch_repeats, 1, 10**6),
+        ('--seeds', min(seeds), 0, None),
+        ('--limit', given.get('limit'), 1, None),
+        ('--per-class', given.get('per_class'), 1, None),
+        ('--epoch-repeats', given.get('epoch_repeats'), 1, 10**6),
     ):
         if value is not None and not value >= least:
-            raise UserError(f'{name} must be at least {least}, got {value}')
+            raise UserError(f'{option} must be at least {least}, got {value}')
         if value is not None and most is not None and value > most:
-            raise UserError(f'{name} must be at most {most}, got {value}')
-    if max(args.seeds) >= 2**63:
-        raise UserError(f'--seeds must be below 2**63, got {max(args.seeds)}')
-    known = [str(name) for name in list_optimizers()]
+            raise UserError(f'{option} must be at most {most}, got {value}')
+    if max(seeds) >= 2**63:
+        raise UserError(f'--seeds must be below 2**63, got {max(seeds)}')
+    known = [str(optimizer) for optimizer in list_optimizers()]
     if protocol['opt'] not in known:
         raise UserError(f'unknown optimizer {protocol["opt"]!r}{did_you_mean(protocol["opt"], known)}')
     if not 0 < protocol['lr'] < math.inf:
         raise UserError(f'--lr must be above 0 and finite, got {protocol["lr"]}')
     if math.isinf(protocol['weight_decay']):
         raise UserError('--weight-decay must be finite')
-    for name, value in (('--label-smoothing', protocol['label_smoothing']), ('--ema-decay', args.ema_decay or 0.0)):
+    ema_decay = given.get('ema_decay')
+    for option, value in (('--label-smoothing', protocol['label_smoothing']), ('--ema-decay', ema_decay or 0.0)):
         if not 0 <= value < 1:
-            raise UserError(f'{name} must be in 0 to 1, below 1, got {value}')
-    if not _is_text(args.dataset):
-        raise UserError(f'--dataset {printable(args.dataset)}: its name is not UTF-8; give the folder another name')
+            raise UserError(f'{option} must be in 0 to 1, below 1, got {value}')
+    if not _is_text(dataset):
+        raise UserError(f'--dataset {printable(dataset)}: its name is not UTF-8; give the folder another name')
+    epoch_repeats = given.get('epoch_repeats')
     return Settings(
-        dataset=args.dataset,
-        limit=args.limit,
-        image_size=args.image_size,
-        protocol=args.protocol,
+        dataset=dataset,
+        limit=given.get('limit'),
+        image_size=given.get('image_size'),
+        protocol=name,
         **protocol,
-        crop_padding=args.crop_padding,
-        hflip=args.hflip if args.hflip is not None else args.dataset != 'digits',
-        ema_decay=args.ema_decay,
-        amp=args.amp,
-        channels_last=args.channels_last,
-        compile=args.compile,
+        crop_padding=given.get('crop_padding', 4),
+        hflip=given.get('hflip', dataset != 'digits'),
+        ema_decay=ema_decay,
+        amp=given.get('amp'),
+        channels_last=given.get('channels_last', False),
+        compile=given.get('compile', False),
         device=device,
-        per_class=args.per_class,
-        epoch_repeats=args.epoch_repeats if args.epoch_repeats != 1 else None,
+        per_class=given.get('per_class'),
+        epoch_repeats=epoch_repeats if epoch_repeats != 1 else None,
     )
 
 

@@ -4,12 +4,9 @@ The runs differ only in their seed and take a fraction of a second each. Made on
 longer than without it is the engine's cost: scheduling, the way of the rows back, and the run in another process. The
 rows of all ways are compared, and have to be equal.
 
-    python -m experiments.sweep_cost
-
-`python scripts/docs.py` brings the table into docs/many-machines.md.
+`python scripts/sweep_cost.py` is its command.
 """
 
-import argparse
 import contextlib
 import csv
 import io
@@ -17,14 +14,14 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from timm_senetv2.errors import UserError, run
+from timm_senetv2.errors import UserError
 from timm_senetv2.files import write_atomically
 
 from .benchmark.timing import machine
@@ -50,23 +47,6 @@ SETTINGS = Settings(
 )
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--runs', type=int, default=200, metavar='N', help='runs of the grid (default: 200)')
-    parser.add_argument('--rounds', type=int, default=3, metavar='N', help='how often each way (default: 3)')
-    parser.add_argument(
-        '--out',
-        type=Path,
-        metavar='FILE',
-        help='the table, csv (default: results/sweep_cost.csv)',
-        default=Path(__file__).parents[1] / 'results' / 'sweep_cost.csv',
-    )
-    args = parser.parse_args(argv)
-    if args.runs < 2 or args.rounds < 1:
-        raise UserError('--runs must be at least 2 and --rounds at least 1')
-    return args
-
-
 def measure(executor: Executor, runs: int) -> tuple[float, float, list[Any]]:
     """Seconds until the first run is made, seconds of each further one, and the rows, which are compared."""
     times = []
@@ -85,21 +65,25 @@ def measure(executor: Executor, runs: int) -> tuple[float, float, list[Any]]:
     return times[1] - times[0], (times[-1] - times[1]) / (runs - 1), [rows, curves]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+def write_costs(out: Path, runs: int, rounds: int) -> None:
+    """Measure each way so many times, in turn, and write the table.
+
+    Raises:
+        UserError: The rows of two ways differ; nothing was written.
+    """
     torch.set_num_threads(1)
     cores = os.cpu_count() or 1
     ways: dict[tuple[str, int], Executor] = {('without Ray', 1): one_after_the_other}
     for at_once in dict.fromkeys((1, cores)):
         ways['with Ray', at_once] = on_ray(LOCAL, 'cpu', cpus_per_run=cores // at_once)
     measured: dict[tuple[str, int], list[tuple[float, float, list[Any]]]] = {way: [] for way in ways}
-    for _ in tqdm(range(args.rounds), 'rounds'):
+    for _ in tqdm(range(rounds), 'rounds'):
         for way, executor in ways.items():
-            measured[way].append(measure(executor, args.runs))
+            measured[way].append(measure(executor, runs))
     first = next(iter(measured.values()))[0][2]
     if any(rows != first for times in measured.values() for *_, rows in times):
         raise UserError('the rows of one way differ from those of another; nothing was written')
-    with write_atomically(args.out) as temporary, temporary.open('w', newline='') as file:
+    with write_atomically(out) as temporary, temporary.open('w', newline='') as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
         writer.writeheader()
         for (title, at_once), times in measured.items():
@@ -107,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             row = (
                 title,
                 at_once,
-                args.runs,
-                args.rounds,
+                runs,
+                rounds,
                 f'{statistics.median(start for start, *_ in times):.1f}',
                 f'{statistics.median(per_run):.1f}',
                 f'{min(per_run):.1f}',
@@ -117,8 +101,3 @@ def main(argv: Sequence[str] | None = None) -> None:
                 torch.__version__,
             )
             writer.writerow(dict(zip(COLUMNS, row, strict=True)))
-    print(f'wrote {args.out}')
-
-
-if __name__ == '__main__':
-    run(main)

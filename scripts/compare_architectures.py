@@ -20,6 +20,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's packages, whatever is installed
 
+from timm_senetv2.commands import Parser  # noqa: E402
+from timm_senetv2.errors import UserError, run  # noqa: E402
+
 
 def models(side: int) -> list[str]:
     """The networks for images of so many pixels, as words of reproduce.py."""
@@ -35,9 +38,7 @@ def models(side: int) -> list[str]:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument('--image-size', type=int, default=32, metavar='N', help='side of the images (default: 32)')
     parser.add_argument('--models', nargs='+', default=[], metavar='MODEL', help='further models')
     parser.add_argument(
@@ -54,8 +55,6 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
 def main(argv: Sequence[str] | None = None) -> None:
     args, others = parse_args(argv)
     given = list(sys.argv[1:] if argv is None else argv)
-
-    from timm_senetv2.errors import UserError
 
     if args.image_size < 16 or args.image_size % 8:
         raise UserError(f'--image-size must be a multiple of 8 of at least 16, got {args.image_size}')
@@ -89,6 +88,4 @@ def listing(words: Sequence[str], side: int) -> str:
 
 
 if __name__ == '__main__':
-    from timm_senetv2.errors import run
-
     run(main)

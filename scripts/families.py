@@ -6,7 +6,6 @@
 `python scripts/docs.py` brings the tables into results/lift.md.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +13,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for a package that is installed, and not as editable
 
+from timm_senetv2.commands import Parser  # noqa: E402
 from timm_senetv2.errors import run  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument('table', choices=('lift', 'attention'), help='what to try')
     parser.add_argument(
         '--family',

@@ -8,7 +8,6 @@ Each step is a command of its own that can be run by hand. One that fails does n
 that failed end the output, and the exit code is 1. What was run, and how long it took, is in on_gpu.csv.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +15,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for a package that is installed, and not as editable
 
+from timm_senetv2.commands import Parser  # noqa: E402
 from timm_senetv2.errors import UserError, run  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument('steps', nargs='*', metavar='STEP', help='only these (default: all)')
     parser.add_argument('--device', choices=('cuda', 'cpu'), default='cuda', help='default: %(default)s')
     parser.add_argument('--quick', action='store_true', help='one epoch on few images of digits, to try the commands')

@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
         raise UserError(f'--{next(iter(chosen)).replace("_", "-")} has a meaning with --ray only')
     if args.device is None and 'gpus_per_run' in chosen:
         args.device = 'cuda' if chosen['gpus_per_run'] else 'cpu'
-    settings = make_settings(args, trained_here=args.ray is None)
+    settings = make_settings(vars(args), trained_here=args.ray is None)
     executor = one_after_the_other
     if args.ray is not None:
         from experiments.ray_executor import on_ray

@@ -11,7 +11,8 @@ Makes .venv in this clone (PYTHON=/path/to/python3 chooses the Python, 3.10 or n
 and runs ruff, mypy, the tests, and timm's own model tests for our quickest models. The second time it finds .venv
 ready.
 
-  --slow         also the tests that take minutes each, and timm's own model tests for all of our models: over an hour
+  --slow         also the tests marked slow, which CI runs every week, and timm's own model tests for all of our
+                 models: over an hour
   --integration  also the tests with other libraries, which it installs: 5 GB. With TIMM_REPO=/path/to/a/checkout/of/timm
                  those with its train.py too. Writes results/integrations.csv and the tables of docs/integrations.md
   --help         this text

@@ -7,8 +7,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hub_server import HubServer
+from interpreters import Interpreters
 
-SET_BY_LIBRARIES = {'PYTEST_CURRENT_TEST'}
+SET_BY_LIBRARIES = {
+    *('PYTEST_CURRENT_TEST', 'MPLCONFIGDIR', 'NO_MKDOCS_2_WARNING'),
+    *('KMP_DUPLICATE_LIB_OK', 'KMP_INIT_AT_FORK'),  # scikit-learn
+    *('TORCHINDUCTOR_CACHE_DIR', '_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR', 'CUBLAS_WORKSPACE_CONFIG'),  # Inductor
+    *('TRITON_CACHE_DIR', 'TRITON_LIBDEVICE_PATH', 'TRITON_PTXAS_PATH'),
+    *('DISABLE_CUPTI_LAZY_REINIT', 'TEARDOWN_CUPTI'),  # torch.profiler
+}
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +44,14 @@ def compile_anew() -> Iterator[None]:
 def hub_server() -> Iterator[HubServer]:
     """A Hub without repositories and tokens, at `hub_server.url`."""
     with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope='session')
+def interpreters() -> Iterator[Interpreters]:
+    """Fresh interpreters with torch and torchvision; not with timm."""
+    kept = {name: value for name, value in os.environ.items() if not name.endswith('_AUTOLOAD')}
+    with Interpreters('torch', 'torchvision', env=kept) as server:
         yield server
 
 

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from networks import images, sae_layers
 from timm.layers import BatchNormAct2d, LayerNorm2d
 from timm.models import reparameterize_model
 from timm.models.resnet import BasicBlock, Bottleneck
@@ -16,7 +17,7 @@ from torch.nn.utils import parametrizations, prune
 
 import timm_senetv2
 from experiments.randomize import randomize
-from timm_senetv2 import SqueezeAggregatedExcitation, add_attention
+from timm_senetv2 import add_attention
 from timm_senetv2.lifting import TorchvisionBasicBlock, TorchvisionBottleneck
 
 SMALL = dict(layers=(1, 1, 1, 1), num_classes=10)
@@ -47,14 +48,6 @@ MODELS = {
 }
 
 
-def images(n: int = 4, size: int = 64, **kwargs) -> torch.Tensor:
-    return torch.randn(n, 3, size, size, **kwargs)
-
-
-def sae_layers(model: nn.Module) -> dict[str, SqueezeAggregatedExcitation]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, SqueezeAggregatedExcitation)}
-
-
 def output(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     y = model(x)
     return y[-1] if isinstance(y, list) else y
@@ -62,7 +55,7 @@ def output(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize('name', MODELS)
 def test_outputs_gradients_and_statistics_stay_to_the_last_bit(name):
-    x = images()
+    x = images(4, 64)
     before = randomize(MODELS[name](), x)
     model = copy.deepcopy(before)
     assert add_attention(model) is model
@@ -98,34 +91,34 @@ def last_norm(block: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, torch.float16])
 def test_other_dtypes(dtype):
-    before = randomize(small().to(torch.float32), images()).to(dtype)
+    before = randomize(small().to(torch.float32), images(4, 64)).to(dtype)
     model = add_attention(copy.deepcopy(before))
     assert {p.dtype for p in model.parameters()} == {dtype}
-    x = images(dtype=dtype)
+    x = images(4, 64, dtype=dtype)
     assert torch.equal(model(x), before(x))
 
 
 def test_folded_norms():
     """The last affine step is then the conv, with a bias."""
     before = small()
-    randomize(before, images())
+    randomize(before, images(4, 64))
     for block in before.modules():
         if isinstance(block, Bottleneck):
             block.conv3 = torch.nn.utils.fuse_conv_bn_eval(block.conv3, block.bn3)
             block.bn3 = nn.Identity()
     model = add_attention(copy.deepcopy(before))
-    x = images()
+    x = images(4, 64)
     assert torch.equal(model(x), before(x))
     assert torch.equal(model.layer1[0].conv3.bias, 2 * before.layer1[0].conv3.bias)
 
 
 def test_one_training_step_moves_every_layer():
-    model = add_attention(randomize(small(), images())).train()
+    model = add_attention(randomize(small(), images(4, 64))).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(2):
         first = {name: layer.fc1.weight.clone() for name, layer in sae_layers(model).items()}
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(images()), torch.arange(4)).backward()
+        nn.functional.cross_entropy(model(images(4, 64)), torch.arange(4)).backward()
         optimizer.step()
         for name, layer in sae_layers(model).items():
             assert layer.fc2.weight.any() and layer.fc2.bias.any(), name
@@ -143,7 +136,7 @@ def test_sizes_device_and_mode():
 
 def test_names_of_the_state_dict_stay_and_it_loads_into_a_model_built_again():
     for build in (small, lambda: torchvision.models.resnet18(num_classes=10)):
-        before = randomize(build(), images())
+        before = randomize(build(), images(4, 64))
         model = add_attention(copy.deepcopy(before))
         old, new = before.state_dict(), model.state_dict()
         assert old.keys() <= new.keys() and all('.se.fc' in key for key in new.keys() - old.keys())
@@ -151,16 +144,16 @@ def test_names_of_the_state_dict_stay_and_it_loads_into_a_model_built_again():
             nn.init.normal_(layer.fc2.weight)
         again = add_attention(build()).eval()
         again.load_state_dict(new)
-        x = images()
+        x = images(4, 64)
         assert torch.equal(again(x), model(x))
 
 
 @pytest.mark.parametrize('build', [small, lambda: torchvision.models.resnet18(num_classes=10)])
 def test_copies_pickles_and_scripts(build):
-    model = add_attention(randomize(build(), images()))
+    model = add_attention(randomize(build(), images(4, 64)))
     for layer in sae_layers(model).values():
         nn.init.normal_(layer.fc2.weight)
-    x = images()
+    x = images(4, 64)
     expected = model(x)
     file = io.BytesIO()
     torch.save(model, file)
@@ -322,7 +315,7 @@ def test_failure_in_the_middle_leaves_the_model_unchanged(build, monkeypatch):
     assert {name: type(m) for name, m in model.named_modules()} == classes
     for name, tensor in before.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
-    model.eval()(images(1))
+    model.eval()(images(1, 64))
 
 
 def test_name_in_place_of_a_model_is_refused():

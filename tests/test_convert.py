@@ -1,7 +1,5 @@
 """Checkpoints of the SEANet authors and of unofficial SaE ports, against plain-torch constructions of both."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +10,8 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
+from interpreters import command
+from networks import images
 from torch import nn
 
 from experiments.randomize import randomize
@@ -37,10 +37,6 @@ def convert(capsys) -> Callable[..., Done]:
         return Done(done.value.code or 0, *capsys.readouterr())
 
     return call
-
-
-def images(n: int = 2) -> torch.Tensor:
-    return torch.randn(n, 3, 32, 32)
 
 
 # ---- the foreign architectures, in plain torch
@@ -217,11 +213,11 @@ def test_branches_become_one_layer_with_the_same_logits(tmp_path, attribute, att
     torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
 
 
-def test_script_converts_a_port_in_safetensors(tmp_path):
+def test_script_converts_a_port_in_safetensors(tmp_path, interpreters):
     source = port(**NUMBERED)
     safetensors.torch.save_file(source.state_dict(), tmp_path / 'port.safetensors')
     arguments = [tmp_path / 'port.safetensors', '--model', 'cifar_senetv2_resnet20', '--out', tmp_path / 'out']
-    done = subprocess.run([sys.executable, '-m', 'timm_senetv2', 'convert', *arguments], capture_output=True, text=True)
+    done = interpreters.run(command(['-m', 'timm_senetv2', 'convert', *arguments]))
     assert done.returncode == 0, done.stderr
     model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
     x = images()

@@ -25,7 +25,8 @@ def spec(word: str):
 
 
 def settings(*arguments: str) -> Settings:
-    return make_settings(reproduce.parse_args([*DIGITS, '--models', SAE, '--epochs', '2', '--out', 'x', *arguments]))
+    args = reproduce.parse_args([*DIGITS, '--models', SAE, '--epochs', '2', '--out', 'x', *arguments])
+    return make_settings(vars(args))
 
 
 def lifted(how: str | None = None):

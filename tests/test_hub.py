@@ -671,6 +671,7 @@ def test_full_disk_leaves_the_folder_as_it_was(model, folder, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.slow  # the test above has the system's answers from a stand-in
 def test_dry_run_on_a_disk_that_is_really_full(trained, tmp_path):
     probe = subprocess.run(['unshare', '-Urm', 'mount', '-t', 'tmpfs', 'none', str(tmp_path)], capture_output=True)
     if probe.returncode:

@@ -4,8 +4,6 @@ import ast
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,13 @@ import pytest
 from timm_senetv2 import catalog
 
 ROOT = Path(__file__).parents[1]
+# As if no package were installed that torch calls
+ALONE = """
+import sys, warnings
+sys.meta_path[:] = [finder for finder in sys.meta_path if 'Timm' not in repr(finder)]
+del sys.modules['timm_senetv2_autoload']
+warnings.simplefilter('error', RuntimeWarning)
+"""
 PROGRAM = """
 import json, sys
 import torch
@@ -33,7 +38,7 @@ print(json.dumps(dict(params=params, help=help, shape=shape, package=sys.modules
 
 
 @pytest.fixture(scope='module')
-def answers(tmp_path_factory) -> dict:
+def answers(tmp_path_factory, interpreters) -> dict:
     """What torch.hub says of a checkout that nobody installed; an installed package keeps out of the way."""
     home = tmp_path_factory.mktemp('torch')
     clone = home / 'hub' / 'me_timm-senetv2_main'
@@ -43,13 +48,7 @@ def answers(tmp_path_factory) -> dict:
     shutil.copytree(
         ROOT / 'timm_senetv2', clone / 'timm_senetv2', ignore=shutil.ignore_patterns('cards', '__pycache__')
     )
-    done = subprocess.run(
-        [sys.executable, '-W', 'error::RuntimeWarning', '-c', PROGRAM],
-        cwd=clone,
-        env={**os.environ, 'TIMM_SENETV2_AUTOLOAD': '0', 'TORCH_HOME': str(home)},
-        capture_output=True,
-        text=True,
-    )
+    done = interpreters.run(ALONE + PROGRAM, clone, env={**os.environ, 'TORCH_HOME': str(home)})
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert Path(found['package']).is_relative_to(clone)

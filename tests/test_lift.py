@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from networks import images, sae_layers
 from timm.layers import SEModule
 from timm.models.efficientnet import SqueezeExcite
 from torch import nn
@@ -15,14 +16,6 @@ from experiments.randomize import randomize
 from timm_senetv2 import SqueezeAggregatedExcitation, lift
 
 QCONFIG = torch.ao.quantization.get_default_qat_qconfig('x86')
-
-
-def images(n: int = 2, size: int = 64, **kwargs) -> torch.Tensor:
-    return torch.randn(n, 3, size, size, **kwargs)
-
-
-def sae_layers(model: nn.Module) -> list[SqueezeAggregatedExcitation]:
-    return [m for m in model.modules() if isinstance(m, SqueezeAggregatedExcitation)]
 
 
 @pytest.mark.parametrize(
@@ -38,7 +31,7 @@ def sae_layers(model: nn.Module) -> list[SqueezeAggregatedExcitation]:
     ],
 )
 def test_lifted_model_computes_the_same(name):
-    x = images(8)
+    x = images(8, 64)
     source = randomize(timm.create_model(name), x)
     model = lift(copy.deepcopy(source))
     assert not [m for m in model.modules() if type(m).__name__ in ('SEModule', 'SqueezeExcite')]
@@ -47,7 +40,7 @@ def test_lifted_model_computes_the_same(name):
         assert expected.std() > 0.1
         torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
         torch.testing.assert_close(model.double()(x.double()), source.double()(x.double()), rtol=0, atol=1e-10)
-        for layer in sae_layers(model):
+        for layer in sae_layers(model).values():
             layer.fc2.weight.neg_()
         assert (model(x.double()) - expected).abs().max() > 0.01  # the attention matters to these outputs
 
@@ -59,7 +52,7 @@ def test_lift_is_public_and_in_place():
 
 
 def test_lift_of_a_feature_extractor():
-    x = images()
+    x = images(size=64)
     source = timm.create_model('regnety_002', features_only=True).eval()
     expected = source(x)
     for actual, wanted in zip(lift(source)(x), expected, strict=True):
@@ -257,9 +250,9 @@ def test_failure_in_the_middle_leaves_the_model_unchanged():
 
 
 def test_prelu_with_one_slope_is_carried():
-    source = randomize(timm.create_model('efficientnet_b0', act_layer='prelu'), images(4))
+    source = randomize(timm.create_model('efficientnet_b0', act_layer='prelu'), images(4, 64))
     model = lift(copy.deepcopy(source)).double()
-    x = images(dtype=torch.float64)
+    x = images(size=64, dtype=torch.float64)
     torch.testing.assert_close(model(x), source.double()(x), rtol=0, atol=1e-10)
     slopes = [m for m in model.modules() if isinstance(m, nn.PReLU)]
     assert len(slopes) == len([m for m in source.modules() if isinstance(m, nn.PReLU)])

@@ -46,7 +46,7 @@ def test_differences_are_those_of_the_rows():
 
 def test_every_question_has_a_picture(tmp_path):
     (tmp_path / 'runs').symlink_to(RUNS)
-    lift_worth.main(results=tmp_path)
+    lift_worth.draw(tmp_path)
     pictures = {path.name for path in tmp_path.glob('*.png')}
     assert pictures == {f'lift_worth_{question}.png' for question in lift_worth.BASELINES}
 

@@ -29,7 +29,7 @@ def test_every_command_is_understood(device, quick, monkeypatch):
             assert (args.device, args.quick, args.out) == (device, quick, 'results')
         elif script == 'scripts/reproduce.py':
             args = reproduce.parse_args(arguments)
-            assert make_settings(args).device == device
+            assert make_settings(vars(args)).device == device
             specs = [spec for word in args.models for spec in parse_specs(word)]
             if args.save_weights:
                 saved |= {

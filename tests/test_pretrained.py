@@ -12,12 +12,12 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from networks import images, sae_layers
 from timm.layers import BatchNormAct2d, SEModule
 from timm.models import get_pretrained_cfg, save_for_hf
 from timm.models.resnet import BasicBlock, Bottleneck
 
 from experiments.randomize import randomize
-from timm_senetv2.layers import SqueezeAggregatedExcitation
 from timm_senetv2.models import pretrained
 from timm_senetv2.models.pretrained import lifted_cfgs, shipped_cfgs
 
@@ -43,10 +43,6 @@ def tag(kind: str, model: str, source: str) -> str:
     return f'{model}.{kind}_{source.split(".")[1]}'
 
 
-def images(n: int = 2, size: int = 96, chans: int = 3, **kwargs) -> torch.Tensor:
-    return torch.randn(n, chans, size, size, **kwargs)
-
-
 def se_source(name: str, **kwargs) -> torch.nn.Module:
     model = timm.create_model(name, **kwargs)
     weight = next(model.parameters())
@@ -63,10 +59,6 @@ def lifted(name: str, source: torch.nn.Module, **kwargs) -> torch.nn.Module:
     """The model with the source's weights loaded as timm loads those of a file or of the Hub."""
     overlay = dict(state_dict=source.state_dict(), **kwargs.pop('overlay', {}))
     return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
-
-
-def sae_layers(model: torch.nn.Module) -> dict[str, SqueezeAggregatedExcitation]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, SqueezeAggregatedExcitation)}
 
 
 # ---- the tags
@@ -129,7 +121,7 @@ def test_every_model_has_a_config_without_weights_too():
 def assert_lifted_logits_equal(model: str, atol: float, dtype: torch.dtype) -> float:
     source = se_source(ARCHITECTURES[model], dtype=dtype)
     target = lifted(model, source, dtype=dtype)
-    x = images(dtype=dtype)
+    x = images(size=96, dtype=dtype)
     with torch.no_grad():
         expected, actual = source(x), target(x)
         for layer in sae_layers(target).values():
@@ -173,7 +165,7 @@ def test_fresh_rows_keep_the_initialisation_and_fresh_columns_are_zero(seresnet1
 
 
 def test_one_training_step_changes_every_fresh_column():
-    source = randomize(timm.create_model('seresnext26d_32x4d'), images(8))
+    source = randomize(timm.create_model('seresnext26d_32x4d'), images(8, 96))
     model = lifted('senextv2_26d_32x4d', source).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     # images of different colours, as a data set has them: a ReLU that is off for a whole batch would get no gradient
@@ -321,7 +313,7 @@ def test_plain_source_with_one_input_channel_equals_timms_own_adaptation(resnet1
     gray = timm.create_model(
         'resnet18', pretrained=True, pretrained_cfg_overlay=dict(file=str(file)), in_chans=1
     ).eval()
-    x = images(2, 64, chans=1)
+    x = images(2, 64, channels=1)
     assert torch.equal(with_timms_blocks(from_plain('senetv2_resnet18', file, in_chans=1)).eval()(x), gray(x))
 
 
@@ -390,7 +382,7 @@ def test_plain_tag_of_a_saved_config_is_enough(resnet18, tmp_path):
 def test_lift_with_other_classes_keeps_the_features(seresnet18):
     source = seresnet18
     target = lifted('senetv2_resnet18', source, num_classes=7)
-    x = images()
+    x = images(size=96)
     assert target(x).shape == (2, 7)
     torch.testing.assert_close(target.forward_features(x), source.forward_features(x), rtol=0, atol=1e-4)
 
@@ -403,14 +395,14 @@ def test_lift_with_one_input_channel_equals_timms_own_adaptation(model, source_n
     gray = timm.create_model(
         source_name, pretrained=True, pretrained_cfg_overlay=dict(state_dict=source.state_dict()), in_chans=1
     ).eval()
-    x = images(chans=1)
+    x = images(size=96, channels=1)
     torch.testing.assert_close(lifted(model, source, in_chans=1)(x), gray(x), rtol=0, atol=1e-4)
 
 
 def test_lift_with_features_only(seresnet18):
     source = seresnet18
     features = lifted('senetv2_resnet18', source, features_only=True)
-    x = images()
+    x = images(size=96)
     _, expected = source.forward_intermediates(x)
     for actual, wanted in zip(features(x), expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-4)
@@ -426,13 +418,13 @@ def test_lift_with_features_only(seresnet18):
 )
 def test_lift_into_other_sizes_while_there_is_room(sizes, seresnet18):
     source = seresnet18
-    x = images()
+    x = images(size=96)
     torch.testing.assert_close(lifted('senetv2_resnet18', source, **sizes)(x), source(x), rtol=0, atol=1e-4)
 
 
 def test_any_number_of_hidden_units_that_fits_is_lifted():
     source = se_source('seresnet34', block_args=dict(attn_layer=partial(SEModule, rd_channels=7)))
-    x = images()
+    x = images(size=96)
     torch.testing.assert_close(lifted('senetv2_resnet34', source)(x), source(x), rtol=0, atol=1e-4)
 
 
@@ -526,7 +518,7 @@ def test_norm_inside_the_attention_is_refused():
 
 def test_attention_without_biases_is_lifted_where_the_architecture_has_none():
     source = se_source('seresnet18', block_args=dict(attn_layer=partial(SEModule, bias=False)))
-    x = images()
+    x = images(size=96)
     target = lifted('senetv2_resnet18', source, sae_bias=False)
     assert not [name for name, _ in target.named_parameters() if '.se.' in name and name.endswith('bias')]
     torch.testing.assert_close(target(x), source(x), rtol=0, atol=1e-4)
@@ -547,7 +539,7 @@ def test_file_of_the_source_and_directory_of_the_lifted_model(tmp_path):
     file = tmp_path / 'source.safetensors'
     safetensors.torch.save_file(source.state_dict(), file)
     model = timm.create_model('senextv2_26t_32x4d', pretrained=True, pretrained_cfg_overlay=dict(file=str(file))).eval()
-    x = images()
+    x = images(size=96)
     torch.testing.assert_close(model(x), source(x), rtol=0, atol=1e-4)
 
     save_for_hf(model, tmp_path / 'saved', safe_serialization=True)
@@ -565,7 +557,7 @@ def test_directory_of_a_source_loads_as_ours_under_our_architecture(tmp_path, se
     config['architecture'] = 'senetv2_resnet18'
     del config['model_args']
     (tmp_path / 'config.json').write_text(json.dumps(config))
-    x = images()
+    x = images(size=96)
     torch.testing.assert_close(
         timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()(x), source(x), rtol=0, atol=1e-4
     )

@@ -13,6 +13,7 @@ import quickstart
 import reproduce
 import timm
 import torch
+from interpreters import command
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
@@ -27,15 +28,11 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope='module')
-def digits_run(tmp_path_factory):
+def digits_run(tmp_path_factory, interpreters):
     """What one epoch of the small CNN on digits wrote and said."""
     out = tmp_path_factory.mktemp('quickstart') / 'out'
-    done = subprocess.run(
-        [sys.executable, SCRIPT, '--models', 'small_cnn', '--epochs', '1', '--out', out],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = interpreters.run(command([SCRIPT, '--models', 'small_cnn', '--epochs', '1', '--out', out]))
+    assert done.returncode == 0, done.stderr
     return out, done.stdout
 
 
@@ -105,37 +102,29 @@ def test_image_folder_is_learnt_and_replaces_the_last_run(folder, tmp_path, caps
     assert 'labelled red' in capsys.readouterr().out
 
 
-def test_interrupted_run_leaves_the_last_one_alone(digits_run, tmp_path):
+def test_interrupted_run_leaves_the_last_one_alone(digits_run, tmp_path, interpreters):
     out = tmp_path / 'out'
     shutil.copytree(digits_run[0], out)
     before = snapshot(out)
 
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, '--models', 'small_cnn', '--epochs', '1000', '--out', out],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        # a background job of a shell without job control inherits that Ctrl-C is ignored; nobody could interrupt it
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = interpreters.start(command([SCRIPT, '--models', 'small_cnn', '--epochs', '1000', '--out', out]))
     while len(list(tmp_path.iterdir())) < 2:
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert 'Traceback' not in errors
+    assert process.wait() == 130
+    assert 'Traceback' not in process.stderr
     assert snapshot(out) == before
     assert [p.name for p in tmp_path.iterdir()] == ['out']
 
 
-def test_killed_run_is_cleaned_up_by_the_next(folder, tmp_path):
+def test_killed_run_is_cleaned_up_by_the_next(folder, tmp_path, interpreters):
     args = ['--dataset', str(folder), '--models', 'small_cnn', '--out', str(tmp_path / 'out')]
-    process = subprocess.Popen([sys.executable, SCRIPT, *args, '--epochs', '1000'], stdout=subprocess.DEVNULL)
+    process = interpreters.start(command([SCRIPT, *args, '--epochs', '1000']))
     while not list(tmp_path.iterdir()):
         assert process.poll() is None
         time.sleep(0.1)
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / 'out').exists()
     quickstart.main([*args, '--epochs', '1'])
@@ -149,12 +138,8 @@ def test_help_needs_nothing_installed(tmp_path):
         assert option in done.stdout
 
 
-def test_bad_input_is_one_plain_line_and_exit_code_2(tmp_path):
-    done = subprocess.run(
-        [sys.executable, SCRIPT, '--models', 'cifar_senetv2_resnet21', '--out', tmp_path / 'out'],
-        capture_output=True,
-        text=True,
-    )
+def test_bad_input_is_one_plain_line_and_exit_code_2(tmp_path, interpreters):
+    done = interpreters.run(command([SCRIPT, '--models', 'cifar_senetv2_resnet21', '--out', tmp_path / 'out']))
     assert done.returncode == 2
     assert done.stderr.startswith("error: unknown model 'cifar_senetv2_resnet21'; did you mean")
     assert 'cifar_senetv2_resnet20' in done.stderr
@@ -257,13 +242,12 @@ def test_a_picture_that_fails_costs_nothing_else(folder, tmp_path, monkeypatch, 
     assert (out / 'results.csv').is_file() and (out / 'small_cnn' / 'model.safetensors').is_file()
 
 
-def test_a_closed_pipe_loses_nothing(folder, tmp_path):
+def test_a_closed_pipe_loses_nothing(folder, tmp_path, interpreters):
     args = ['--dataset', folder, '--models', 'small_cnn', 'small_secnn', '--epochs', '1', '--out', tmp_path / 'out']
-    process = subprocess.Popen([sys.executable, SCRIPT, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.close()
-    errors = process.stderr.read()
-    assert process.wait() == 0, errors
-    assert b'Error' not in errors
+    closed = 'import os; reader, writer = os.pipe(); os.close(reader); os.dup2(writer, 1)\n'
+    done = interpreters.run(closed + command([SCRIPT, *args]))
+    assert done.returncode == 0, done.stderr
+    assert 'Error' not in done.stderr
     assert {p.name for p in (tmp_path / 'out').iterdir()} == {
         '.timm-senetv2.json',
         'quickstart.png',

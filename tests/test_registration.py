@@ -1,4 +1,7 @@
-"""When and how the models reach timm's registry: every case in a fresh interpreter, as a user's program would."""
+"""When and how the models reach timm's registry: every case in a fresh interpreter, as a user's program would.
+
+What matters after the import of torch is tried in interpreters that have it already (tests/helpers/interpreters.py).
+"""
 
 import json
 import os
@@ -9,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from interpreters import Interpreters
 
 from timm_senetv2.registration import MODEL_MODULES
 
@@ -21,41 +25,57 @@ def ours():
 """
 
 
-def fresh(code: str, *options: str, cwd: Path, files: dict[str, str] | None = None, **env: str):
-    """Run code in a fresh interpreter that has `files` on its path; returns what it passes to print, and stderr."""
+# As with autoload turned off, in an interpreter that has torch
+NO_FINDER = "sys.meta_path[:] = [finder for finder in sys.meta_path if 'Timm' not in repr(finder)]\n"
+
+
+class Server:
+    interpreters: Interpreters
+
+
+@pytest.fixture(autouse=True, scope='module')
+def server(interpreters) -> None:
+    Server.interpreters = interpreters
+
+
+def fresh(code: str, *options: str, cwd: Path, files: dict[str, str] | None = None, cold: bool = False, **env: str):
+    """Run code in a fresh interpreter that has `files` on its path; returns what it passes to print, and stderr.
+
+    It has imported torch and torchvision, with the autoload on, unless it is cold, or options or variables are given.
+    """
     for name, content in (files or {}).items():
         (cwd / name).write_text(textwrap.dedent(content))
-    path = os.pathsep.join(filter(None, [env.pop('PYTHONPATH', os.environ.get('PYTHONPATH')), str(cwd)]))
+    code = PRELUDE + textwrap.dedent(code)
+    path = [*filter(None, [env.pop('PYTHONPATH', os.environ.get('PYTHONPATH'))]), str(cwd)]
     clean = {k: v for k, v in os.environ.items() if not k.endswith('_AUTOLOAD')}
-    result = subprocess.run(
-        [sys.executable, *options, '-c', PRELUDE + textwrap.dedent(code)],
-        cwd=cwd,
-        env=dict(clean, PYTHONPATH=path, **env),
-        capture_output=True,
-        text=True,
-    )
+    if cold or options or env:
+        environment = dict(clean, PYTHONPATH=os.pathsep.join(path), **env)
+        command = [sys.executable, *options, '-c', code]
+        result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    else:
+        result = Server.interpreters.run(code, cwd, path=path, env=clean)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip(), result.stderr
 
 
-@pytest.mark.parametrize(
-    'first',
-    [
-        'import timm',
-        'import torch; import timm',
-        'from timm.models import create_model',
-        'from timm.models.resnet import ResNet',
-        'import timm.data',
-        'import torchvision; import timm',
-        'import timm_senetv2; import timm',
-        'import timm; import timm_senetv2',
-        'from timm_senetv2 import CifarResNet',
-        'from timm_senetv2.models import SmallCNN',
-        'import timm_senetv2.models.senetv2',
-        'from timm_senetv2.layers import ChannelAggregation; import timm',
-    ],
+ORDERS = (
+    'import timm',
+    'import torch; import timm',
+    'from timm.models import create_model',
+    'from timm.models.resnet import ResNet',
+    'import timm.data',
+    'import torchvision; import timm',
+    'import timm_senetv2; import timm',
+    'import timm; import timm_senetv2',
+    'from timm_senetv2 import CifarResNet',
+    'from timm_senetv2.models import SmallCNN',
+    'import timm_senetv2.models.senetv2',
+    'from timm_senetv2.layers import ChannelAggregation; import timm',
 )
-def test_every_import_order_registers(first, tmp_path):
+COLD = {'import timm', 'from timm_senetv2 import CifarResNet'}  # in these two it is timm, or we, that imports torch
+
+
+def order(first: str, cold: bool, cwd: Path) -> None:
     code = f"""
         warnings.simplefilter('error', RuntimeWarning)
         {first}
@@ -63,32 +83,51 @@ def test_every_import_order_registers(first, tmp_path):
         model = timm.create_model('cifar_senetv2_resnet20')
         print(len(ours()), type(model).__name__)
     """
-    stdout, stderr = fresh(code, cwd=tmp_path)
+    stdout, stderr = fresh(code, cwd=cwd, cold=cold)
     assert stdout == f'{COUNT} CifarResNet'
     assert 'Warning' not in stderr
 
 
+@pytest.mark.parametrize('first', ORDERS)
+def test_every_import_order_registers(first, tmp_path):
+    order(first, cold=first in COLD, cwd=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('first', [first for first in ORDERS if first not in COLD])
+def test_every_import_order_registers_from_a_cold_start(first, tmp_path):
+    order(first, cold=True, cwd=tmp_path)
+
+
+LATE = """
+    print(len(ours()), 'timm_senetv2' in sys.modules)
+    import timm, timm_senetv2
+    print(len(ours()), timm.is_model('senetv2_resnet50'))
+"""
+
+
 def test_explicit_import_registers_where_autoload_is_off(tmp_path):
-    for variable in ('TORCH_DEVICE_BACKEND_AUTOLOAD', 'TIMM_SENETV2_AUTOLOAD'):
-        stdout, stderr = fresh(
-            """
-            import timm
-            print(len(ours()), 'timm_senetv2' in sys.modules, timm.is_model('senetv2_resnet50'))
-            import timm_senetv2
-            print(len(ours()), timm.is_model('senetv2_resnet50'))
-        """,
-            cwd=tmp_path,
-            **{variable: '0'},
-        )
-        assert stdout.split('\n') == ['0 False False', f'{COUNT} True']
-        assert 'Warning' not in stderr
+    stdout, stderr = fresh(LATE, cwd=tmp_path, TIMM_SENETV2_AUTOLOAD='0')
+    assert stdout.split('\n') == ['0 False', f'{COUNT} True']
+    assert 'Warning' not in stderr
 
 
-def test_explicit_import_before_timm_registers_where_autoload_is_off(tmp_path):
-    for first in ('import timm_senetv2', 'from timm_senetv2 import SmallCNN', 'from timm_senetv2.models import cifar'):
-        stdout, stderr = fresh(f'{first}\nprint(len(ours()))', cwd=tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD='0')
-        assert stdout == str(COUNT)
-        assert 'Warning' not in stderr
+def test_explicit_import_registers_where_torchs_autoload_is_off(tmp_path):
+    """In one process with torch, forked for each case."""
+    first = ['import timm_senetv2', 'from timm_senetv2 import SmallCNN', 'from timm_senetv2.models import cifar']
+    cases = [*(f'{statement}\nprint(len(ours()))' for statement in first), textwrap.dedent(LATE)]
+    code = f"""
+        import os, torch, torchvision
+        for case in {cases!r}:
+            if os.fork() == 0:
+                exec(case)
+                sys.stdout.flush()
+                os._exit(0)
+            assert os.wait()[1] == 0
+    """
+    stdout, stderr = fresh(code, cwd=tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD='0')
+    assert stdout.split('\n') == [*[str(COUNT)] * 3, '0 False', f'{COUNT} True']
+    assert 'Warning' not in stderr
 
 
 def test_importing_the_package_imports_neither_torch_nor_timm(tmp_path):
@@ -99,6 +138,7 @@ def test_importing_the_package_imports_neither_torch_nor_timm(tmp_path):
         print(sorted(timm_senetv2.__all__) == sorted(n for n in dir(timm_senetv2) if n in timm_senetv2.__all__))
     """,
         cwd=tmp_path,
+        cold=True,
     )
     assert stdout.split('\n') == ['[]', 'True']
 
@@ -131,9 +171,9 @@ def test_timm_finds_the_models_in_every_way_it_lists_them(tmp_path):
     assert sorted(found['modules_listed']) == sorted(MODEL_MODULES)
 
 
-def test_a_spawned_loader_worker_sees_the_models(tmp_path):
-    # run as a script, since a spawned worker imports the main module again
-    (tmp_path / 'main.py').write_text(
+def test_a_module_run_as_main_and_its_spawned_loader_workers_see_the_models(tmp_path):
+    # a file, since a spawned worker imports the main module again
+    (tmp_path / 'program.py').write_text(
         textwrap.dedent("""
         import torch
         from torch.utils.data import DataLoader, Dataset
@@ -149,34 +189,38 @@ def test_a_spawned_loader_worker_sees_the_models(tmp_path):
         if __name__ == '__main__':
             loader = DataLoader(Names(), batch_size=1, num_workers=1, multiprocessing_context='spawn')
             print([batch.item() for batch in loader])
+            import timm
+            print(timm.is_model('senetv2_resnet50'))
     """)
     )
-    result = subprocess.run([sys.executable, 'main.py'], cwd=tmp_path, capture_output=True, text=True)
-    assert result.stdout.strip() == '[7, 8]', result.stderr
+    result = subprocess.run([sys.executable, '-m', 'program'], cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout.split('\n')[:2] == ['[7, 8]', 'True'], result.stderr
 
 
-# Put on the path as a module and imported first, these change timm right after its import and before our hook
+# Put on the path as a module and imported first, these change timm right after its import and before our hook, which
+# stays the outer one, as where torch is imported after them
 BREAK_TIMM = """
-    import wrapt
+    import sys, wrapt
     @wrapt.when_imported('timm.models')
     def break_timm(models):
         del models.generate_default_cfgs
+    sys.meta_path.sort(key=lambda finder: 'Timm' not in repr(finder))
 """
 TAKE_A_NAME = """
-    import wrapt
+    import sys, wrapt
     @wrapt.when_imported('timm.models')
     def take_a_name(models):
         def seanet20(pretrained=False, **kwargs):
             return models.create_model('resnet18', **kwargs)
         seanet20.__module__ = 'timm.models.resnet'
         models.register_model(seanet20)
+    sys.meta_path.sort(key=lambda finder: 'Timm' not in repr(finder))
 """
 
 
-@pytest.mark.parametrize('autoload', ['0', '1'])
+@pytest.mark.parametrize('autoload', [False, True])
 def test_a_timm_that_breaks_registration_costs_one_warning(autoload, tmp_path):
-    stdout, _ = fresh(
-        """
+    code = """
         import changed_timm
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter('always')
@@ -184,11 +228,9 @@ def test_a_timm_that_breaks_registration_costs_one_warning(autoload, tmp_path):
         mine = [w for w in caught if 'timm_senetv2' in str(w.message)]
         print(len(mine), mine[0].category.__name__, mine[0].message)
         print(len(ours()), timm.create_model('resnet18', num_classes=3).num_classes)
-    """,
-        cwd=tmp_path,
-        files={'changed_timm.py': BREAK_TIMM},
-        TORCH_DEVICE_BACKEND_AUTOLOAD=autoload,
-    )
+    """
+    before = '' if autoload else NO_FINDER
+    stdout, _ = fresh(before + textwrap.dedent(code), cwd=tmp_path, files={'changed_timm.py': BREAK_TIMM})
     first, second = stdout.split('\n')
     assert first.startswith('1 RuntimeWarning timm_senetv2 could not register all of its models in timm: senetv2')
     assert 'generate_default_cfgs' in first and first.count('ImportError') == 1
@@ -216,11 +258,10 @@ def test_warnings_turned_into_errors_do_not_reach_the_import_of_timm(tmp_path):
     stdout, stderr = fresh(
         """
         import changed_timm
+        warnings.simplefilter('error', RuntimeWarning)
         import torch, timm
         print(len(ours()), timm.is_model('resnet18'))
     """,
-        '-W',
-        'error::RuntimeWarning',
         cwd=tmp_path,
         files={'changed_timm.py': BREAK_TIMM},
     )
@@ -228,22 +269,21 @@ def test_warnings_turned_into_errors_do_not_reach_the_import_of_timm(tmp_path):
     assert stderr.count('RuntimeWarning: timm_senetv2 could not register') == 1
 
 
-def test_a_package_that_cannot_be_imported_costs_one_warning_and_neither_torch_nor_timm(tmp_path):
-    for options, where in ((), 'caught'), (('-W', 'error::RuntimeWarning'), 'stderr'):
-        stdout, stderr = fresh(
-            """
-            sys.modules['timm_senetv2'] = None  # importing it raises ModuleNotFoundError, as if its folder were gone
-            with warnings.catch_warnings(record=True) as caught:
-                import torch, timm
-            print([w.category.__name__ for w in caught if 'timm_senetv2 could not be loaded' in str(w.message)])
-            print(torch.ones(2).sum().item())
-        """,
-            *options,
-            cwd=tmp_path,
-        )
-        warned = "['RuntimeWarning']" if where == 'caught' else '[]'
-        assert stdout.split('\n') == [warned, '2.0']
-        assert stderr.count('RuntimeWarning: timm_senetv2 could not be loaded') == (where == 'stderr')
+@pytest.mark.parametrize('as_errors', [False, True])
+def test_a_package_that_cannot_be_imported_costs_one_warning_and_neither_torch_nor_timm(as_errors, tmp_path):
+    stdout, stderr = fresh(
+        f"""
+        sys.modules['timm_senetv2'] = None  # importing it raises ModuleNotFoundError, as if its folder were gone
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('{'error' if as_errors else 'always'}', RuntimeWarning)
+            import torch, timm
+        print([w.category.__name__ for w in caught if 'timm_senetv2 could not be loaded' in str(w.message)])
+        print(torch.ones(2).sum().item())
+    """,
+        cwd=tmp_path,
+    )
+    assert stdout.split('\n') == ['[]' if as_errors else "['RuntimeWarning']", '2.0']
+    assert stderr.count('RuntimeWarning: timm_senetv2 could not be loaded') == as_errors
 
 
 def test_threads_may_import_at_the_same_time(tmp_path):
@@ -266,6 +306,7 @@ def test_threads_may_import_at_the_same_time(tmp_path):
         print(errors, len(ours()))
     """,
         cwd=tmp_path,
+        cold=True,
     )
     assert stdout == f'[] {COUNT}'
     assert 'Warning' not in stderr
@@ -324,12 +365,6 @@ def test_an_import_of_timm_that_failed_can_be_repeated(tmp_path):
     )
     assert stdout.split('\n') == ['failed', str(COUNT)]
     assert 'RuntimeWarning' not in stderr
-
-
-def test_running_a_module_as_main_registers(tmp_path):
-    (tmp_path / 'program.py').write_text(PRELUDE + 'print(len(ours()))')
-    result = subprocess.run([sys.executable, '-m', 'program'], cwd=tmp_path, capture_output=True, text=True)
-    assert result.stdout.strip() == str(COUNT), result.stderr
 
 
 # ---- other import hooks, a timm imported anew, and whoever looks at timm's spec
@@ -428,8 +463,9 @@ def test_nobody_sees_the_difference_in_timms_spec_and_loader(tmp_path):
     """Before, while and after `timm.models` is loaded, through importlib, pkgutil, inspect and pickle."""
     seen = [
         fresh(
-            LOOK
-            + """
+            before
+            + textwrap.dedent(LOOK)
+            + textwrap.dedent("""
     import timm
     print(look(), type(timm.models.__loader__), timm.models.__loader__ is timm.models.__spec__.loader)
     print(len(inspect.getsource(timm.models)), (importlib.resources.files('timm.models') / '_hub.py').is_file())
@@ -441,11 +477,10 @@ def test_nobody_sees_the_difference_in_timms_spec_and_loader(tmp_path):
     module = sys.modules['timm.models'] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     print(type(module.__spec__.loader), type(module.__loader__), look())
-    """,
+    """),
             cwd=tmp_path,
-            TIMM_SENETV2_AUTOLOAD=autoload,
         )[0]
-        for autoload in '01'
+        for before in (NO_FINDER, '')
     ]
     assert seen[0] == seen[1]
     assert 'SourceFileLoader' in seen[0]
@@ -480,7 +515,7 @@ def test_other_loaders_are_left_as_they_are(tmp_path):
     """
     for wrapt in ('', 'inside', 'around'):
         seen = [
-            fresh(f'WRAPT, AUTOLOAD = {wrapt!r}, {autoload}\n' + textwrap.dedent(code), cwd=tmp_path)
+            fresh(f'WRAPT, AUTOLOAD = {wrapt!r}, {autoload}\n' + textwrap.dedent(code), cwd=tmp_path, cold=True)
             for autoload in (False, True)
         ]
         assert seen[0][0] == seen[1][0]
@@ -497,6 +532,7 @@ def test_import_of_torch_loads_one_small_module(tmp_path):
         print([n for n in sys.modules if n.startswith('timm')], len([f for f in sys.meta_path if 'Timm' in repr(f)]))
     """,
         cwd=tmp_path,
+        cold=True,
     )
     assert stdout.split('\n') == ["['timm_senetv2_autoload']", "['timm_senetv2_autoload'] 1"]
 
@@ -518,6 +554,7 @@ def test_a_forked_process_registers_for_itself(tmp_path):
 
 def test_without_the_site_module(tmp_path):
     path = os.pathsep.join(sys.path)
-    stdout, stderr = fresh('import torch, timm; print(len(ours()))', '-S', cwd=tmp_path, PYTHONPATH=path)
-    assert stdout == str(COUNT)
+    code = "import torch; print(len([f for f in sys.meta_path if 'Timm' in repr(f)]))"
+    stdout, stderr = fresh(code, '-S', cwd=tmp_path, PYTHONPATH=path)
+    assert stdout == '1'
     assert 'RuntimeWarning' not in stderr

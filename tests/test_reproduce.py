@@ -1,14 +1,10 @@
 import csv
 import math
-import multiprocessing
 import os
 import re
-import resource
 import shutil
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -18,7 +14,9 @@ import pytest
 import reproduce
 import timm
 import torch
+from interpreters import command
 from PIL import Image
+from reliability import processes
 from scipy.optimize import brentq
 from scipy.special import betainc
 from timm.data import create_transform
@@ -138,9 +136,9 @@ def test_interrupted_and_started_again_equals_uninterrupted(tmp_path, monkeypatc
     assert rows(tmp_path / 'parts', 'curves.csv') == rows(tmp_path / 'whole', 'curves.csv')
 
 
-def test_killed_and_started_again_equals_uninterrupted(finished, tmp_path):
+def test_killed_and_started_again_equals_uninterrupted(finished, tmp_path, interpreters):
     arguments = [*SMALL, '--seeds', '0', '1', '--epochs', '3', '--out', str(tmp_path), '--save-weights']
-    process = subprocess.Popen([sys.executable, str(SCRIPT), *arguments], stderr=subprocess.DEVNULL)
+    process = interpreters.start(command([SCRIPT, *arguments]))
     deadline = time.monotonic() + 200
     while not list(tmp_path.glob('runs/small_saecnn*/history.csv')) and not (tmp_path / 'table.md').exists():
         assert process.poll() is None and time.monotonic() < deadline
@@ -152,10 +150,10 @@ def test_killed_and_started_again_equals_uninterrupted(finished, tmp_path):
     assert rows(tmp_path, 'curves.csv') == rows(finished, 'curves.csv')
 
 
-def test_a_second_process_on_the_same_folder_is_refused_in_one_line(finished, tmp_path):
+def test_a_second_process_on_the_same_folder_is_refused_in_one_line(finished, tmp_path, interpreters):
     arguments = [*SMALL, '--seeds', '0', '1', '--epochs', '3', '--out', str(tmp_path / 'out')]
     with owned(tmp_path / 'out'):
-        second = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
+        second = interpreters.run(command([SCRIPT, *arguments]))
         assert second.returncode == 2
         assert second.stderr.startswith('error: another process is writing ')
         assert len(second.stderr.splitlines()) == 1
@@ -168,13 +166,12 @@ def test_an_executor_may_make_the_runs_anywhere_and_in_any_order(finished, tmp_p
     """What an engine for many machines does: a process a run, given the job and the run alone."""
 
     def elsewhere(runs, job, batches, source, bar):
-        context = multiprocessing.get_context('spawn')
-        with ProcessPoolExecutor(2, mp_context=context) as pool:
+        with ProcessPoolExecutor(2, mp_context=processes.context()) as pool:
             for future in as_completed([pool.submit(make_alone, run, job, batches, source) for run in reversed(runs)]):
                 yield future.result()
 
     args = reproduce.parse_args([*SMALL, '--seeds', '0', '1', '--epochs', '3', '--out', str(tmp_path)])
-    job = grid.Job(make_settings(args), tmp_path, command='')
+    job = grid.Job(make_settings(vars(args)), tmp_path, command='')
     text = grid.reproduce(args.models, args.seeds, job, executor=elsewhere)
     assert rows(tmp_path) == rows(finished)
     assert rows(tmp_path, 'curves.csv') == rows(finished, 'curves.csv')
@@ -187,7 +184,7 @@ def make_alone(run, job, batches, source):
 
 def settings(**changes) -> Settings:
     arguments = reproduce.parse_args(['--models', 'small_cnn', '--dataset', 'digits', '--out', 'x', '--device', 'cpu'])
-    return Settings(**{**vars(make_settings(arguments)), **changes})
+    return Settings(**{**vars(make_settings(vars(arguments))), **changes})
 
 
 def test_batches_from_memory_are_crops_and_flips_of_every_image_once():
@@ -323,7 +320,7 @@ def test_protocols_are_the_papers():
         args = reproduce.parse_args(
             ['--models', 'small_cnn', '--dataset', 'cifar10', '--out', 'x', '--protocol', protocol]
         )
-        chosen = make_settings(args)
+        chosen = make_settings(vars(args))
         model = timm.create_model('cifar_resnet20')
         return chosen, make_optimizer(model, chosen, updates=10)
 
@@ -669,16 +666,13 @@ def test_a_file_in_place_of_the_folder_is_one_line(tmp_path):
         reproduce.main([*SMALL, '--out', str(tmp_path / 'out')])
 
 
-def test_a_full_disk_is_one_line_exit_code_2_and_finished_rows_stay(finished, tmp_path):
+def test_a_full_disk_is_one_line_exit_code_2_and_finished_rows_stay(finished, tmp_path, interpreters):
     """A limit on the size of files stands in for the full disk: torch's writer fails the same way."""
     for file in ('results.csv', 'curves.csv'):
         (tmp_path / file).write_bytes((finished / file).read_bytes())
-    process = subprocess.run(
-        [sys.executable, str(SCRIPT), *SMALL, '--seeds', '2', '--epochs', '3', '--out', str(tmp_path)],
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
-    )
+    limit = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n'
+    arguments = [*SMALL, '--seeds', '2', '--epochs', '3', '--out', tmp_path]
+    process = interpreters.run(limit + command([SCRIPT, *arguments]))
     assert process.returncode == 2
     assert re.fullmatch(
         r'error: the checkpoint in .* cannot be written, probably the disk is full .*\n',

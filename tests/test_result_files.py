@@ -128,7 +128,7 @@ def test_a_command_line_gives_settings_that_a_file_brings_back_or_one_line(given
     arguments = ['--models', 'small_cnn', '--dataset', 'digits', '--out', 'x', '--device', 'cpu']
     try:
         args = reproduce.parse_args([*arguments, *(part for option in given_options for part in option)])
-        settings = make_settings(args)
+        settings = make_settings(vars(args))
     except SystemExit as e:  # argparse's own line
         assert e.code == 2
     except UserError as e:

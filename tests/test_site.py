@@ -1,6 +1,5 @@
 """The documentation as a site: it builds without a warning, and its links, pictures and reference are there."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -12,29 +11,29 @@ import pytest
 
 import timm_senetv2
 
+for package in ('mkdocs', 'material', 'mkdocstrings'):
+    pytest.importorskip(package, reason="the extra `docs` is not installed: pip install -e '.[docs]'")
+
+import site_hooks  # noqa: E402
+from mkdocs.config import load_config  # noqa: E402
+from mkdocs.structure.files import File, Files  # noqa: E402
+from mkdocs.structure.pages import Page  # noqa: E402
+
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in ('mkdocs', 'material', 'mkdocstrings')),
-    reason="the extra `docs` is not installed: pip install -e '.[docs]'",
-)
 
 
-def build(folder: Path, **env: str) -> Path:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith('REPOSITORY_')}
+@pytest.fixture(scope='module')
+def site(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp('site') / 'site'
     done = subprocess.run(
         [sys.executable, '-m', 'mkdocs', 'build', '--strict', '--site-dir', str(folder)],
         cwd=ROOT,
-        env={**kept, **env},
+        env={name: value for name, value in os.environ.items() if not name.startswith('REPOSITORY_')},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     return folder
-
-
-@pytest.fixture(scope='module')
-def site(tmp_path_factory) -> Path:
-    return build(tmp_path_factory.mktemp('site') / 'site')
 
 
 class Links(HTMLParser):
@@ -98,11 +97,15 @@ def test_reference_shows_signatures_and_arguments(site):
         assert words in text
 
 
-def test_links_to_the_repository_need_its_address(site, tmp_path):
+def test_links_to_the_repository_need_its_address(site, monkeypatch):
     assert not any('/blob/' in t and 'recipes' in t for t in Links(site / 'training' / 'index.html').targets)
-    linked = build(tmp_path / 'site', REPOSITORY_URL='https://git.example/o/n/', REPOSITORY_REF='v1')
-    found = Links(linked / 'integrations' / 'index.html').targets
-    assert 'https://git.example/o/n/blob/v1/tests/integration' in found
+    monkeypatch.setenv('REPOSITORY_URL', 'https://git.example/o/n/')
+    monkeypatch.setenv('REPOSITORY_REF', 'v1')
+    config = load_config(str(ROOT / 'mkdocs.yml'))
+    file = File('integrations.md', str(ROOT / 'docs'), config.site_dir, config.use_directory_urls)
+    text = (ROOT / 'docs' / 'integrations.md').read_text(encoding='utf-8')
+    linked = site_hooks.on_page_markdown(text, Page(None, file, config), config, Files([file]))
+    assert '](https://git.example/o/n/blob/v1/tests/integration)' in linked
 
 
 def test_nothing_is_fetched_from_elsewhere(site):

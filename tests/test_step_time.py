@@ -19,7 +19,7 @@ DIGITS = ['--dataset', 'digits', '--image-size', '8', '--crop-padding', '1', '--
 def test_a_step_trains_what_the_grid_trains_and_inference_nothing(monkeypatch):
     """Watches the steps: which parameters get gradients' updates, and whether autograd runs."""
     arguments = reproduce.parse_args([*DIGITS, '--models', 'small_cnn', '--epochs', '1', '--out', 'x'])
-    settings = make_settings(arguments)
+    settings = make_settings(vars(arguments))
     batches = Batches(load_dataset('digits', limit=16), settings, 0)
     words = ['cifar_resnet20@continue', 'cifar_resnet20@add_attention:reduction=16,train_only=attention']
     specs = [spec for word in words for spec in parse_specs(word)]

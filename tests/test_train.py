@@ -1,6 +1,5 @@
 import json
 import os
-import subprocess
 import sys
 import textwrap
 import urllib.error
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from interpreters import command
 
 from timm_senetv2 import timm_scripts
 from timm_senetv2.commands import main
@@ -180,13 +180,10 @@ def test_fetched_by_torch_hub_into_its_cache(hub, tmp_path, monkeypatch, run_mai
     assert capsys.readouterr().out == ''
 
 
-def test_ranks_that_start_together_fetch_once(tmp_path):
+def test_ranks_that_start_together_fetch_once(tmp_path, interpreters):
     source = make_checkout(tmp_path / 'huggingface-pytorch-image-models-0123abc')
-    launcher = tmp_path / 'launcher.py'
-    launcher.write_text(
-        textwrap.dedent(f"""
-        import runpy, shutil, sys, time
-        from pathlib import Path
+    launcher = textwrap.dedent(f"""
+        import shutil, sys, time
         import torch
 
         def download(url, dst, *args, **kwargs):
@@ -195,22 +192,17 @@ def test_ranks_that_start_together_fetch_once(tmp_path):
             shutil.make_archive(dst.removesuffix('.zip'), 'zip', {str(tmp_path)!r}, {source.name!r})
 
         torch.hub.download_url_to_file = download
-        sys.argv = ['timm-senetv2', 'train']
-        runpy.run_module('timm_senetv2', run_name='__main__')
     """)
-    )
     environment = {k: v for k, v in os.environ.items() if k != 'TIMM_REPO'} | dict(TORCH_HOME=str(tmp_path / 'home'))
     ranks = [
-        subprocess.Popen(
-            [sys.executable, str(launcher)],
-            stderr=subprocess.PIPE,
-            text=True,
+        interpreters.start(
+            launcher + command(['-m', 'timm_senetv2', 'train']),
             env=environment | dict(RANK=str(rank), REPORT=str(tmp_path / f'{rank}.json')),
         )
         for rank in range(2)
     ]
-    errors = [rank.communicate(timeout=200)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    assert [rank.wait() for rank in ranks] == [0, 0], [rank.stderr for rank in ranks]
+    errors = [rank.stderr for rank in ranks]
     assert sum(error.splitlines().count('downloading') for error in errors) == 1
     scripts = {json.loads((tmp_path / f'{rank}.json').read_text())['script'] for rank in range(2)}
     assert len(scripts) == 1

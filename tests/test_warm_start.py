@@ -41,7 +41,7 @@ def spec(word: str):
 
 def small_settings(*arguments: str) -> Settings:
     args = reproduce.parse_args([*DIGITS, '--models', 'small_cnn', '--epochs', '1', '--out', 'x', *arguments])
-    return make_settings(args)
+    return make_settings(vars(args))
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:

@@ -57,7 +57,7 @@ def why(error: BaseException) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or one_line(error)
 
 
-class _Stream:
+class Stream:
     """A text stream that may be closed by who reads it, as `| head -1` does: what is left to say is then dropped.
 
     A run that has worked for hours must not end because nobody reads its progress.
@@ -100,7 +100,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     """
     streams = sys.stdout, sys.stderr
     nowhere = open(os.devnull, 'w')  # in place of a stream that was closed before the start: that one is None
-    sys.stdout, sys.stderr = _Stream(sys.stdout or nowhere), _Stream(sys.stderr or nowhere)
+    sys.stdout, sys.stderr = Stream(sys.stdout or nowhere), Stream(sys.stderr or nowhere)
     try:
         code = _main_code(main)
     finally:

@@ -29,14 +29,20 @@ def main(argv: Sequence[str]) -> None:
 
     from .. import catalog, hub
     from ..files import check_output, output_folder
+    from ..hub.card import data_configs
+    from ..profile import Profile, count
 
     hub.check_target(f'{args.owner}/name')
     check_output(args.folder, 'cards')
     released = [(name, tag) for name in catalog.names() for tag in catalog.tags(name)]
+    costs: dict[tuple[str, tuple[int, int, int]], Profile] = {}
     with output_folder(args.folder, 'cards') as folder:
         for name, tag in tqdm(released, unit='card'):
             facts = hub.facts_of(name, tag)
             model = timm.create_model(f'{name}.{tag}', device='meta')
-            card = hub.render_card(model, f'{args.owner}/{name}.{tag}', facts)
+            size = data_configs(model, facts)[0]['input_size']
+            if (name, size) not in costs:  # tags differ in their weights alone, and counting takes the longest
+                costs[name, size] = count(model, size)
+            card = hub.render_card(model, f'{args.owner}/{name}.{tag}', facts, costs[name, size])
             (folder / f'{name}.{tag}.md').write_text(str(card), encoding='utf-8', newline='\n')
     print(f'wrote {len(released)} cards to {args.folder}')

@@ -19,8 +19,9 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
+from ..errors import Stream
 from . import PROG, Parser, options
 
 _REPORT_EVERY = 10.0  # seconds
@@ -83,18 +84,15 @@ def minutes(text: str) -> float:
     return value
 
 
-class _Masked:
+class _Masked(Stream):
     """A text stream that never shows a secret, whoever writes to it."""
 
     def __init__(self, stream: TextIO, secret: str) -> None:
-        self._stream = stream
+        super().__init__(stream)
         self._secret = secret
 
     def write(self, text: str) -> int:
-        return self._stream.write(text.replace(self._secret, '<token>'))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return super().write(text.replace(self._secret, '<token>'))
 
 
 def _set_up_output(verbose: bool) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..catalog import classes_of, config_of
 from ..errors import UserError, did_you_mean, one_line, printable, why
-from ..profile import count
+from ..profile import Profile, count
 from ..sources import sources
 from .facts import Facts, finite, load_facts
 
@@ -140,13 +140,14 @@ def _cell(value: object) -> str:
     return printable(' '.join(str(value).split()), limit=500).replace('|', r'\|')
 
 
-def render_card(model: nn.Module, repo_id: str, facts: Facts) -> ModelCard:
+def render_card(model: nn.Module, repo_id: str, facts: Facts, cost: Profile | None = None) -> ModelCard:
     """The model card, by the template in `cards/`. The same arguments give the same text.
 
     Args:
         model: From `build`; its pretrained cfg says where the weights come from. The meta device will do.
         repo_id: Where the model is going to be, `owner/name`.
         facts: From `load_facts`.
+        cost: What `profile.count` says of the model at its input size; counted here if None.
 
     Raises:
         UserError: No licence, or results that are not where the facts say.
@@ -195,7 +196,7 @@ def render_card(model: nn.Module, repo_id: str, facts: Facts) -> ModelCard:
             summary=facts.summary or (model_entrypoint(name).__doc__ or name).splitlines()[0],
             source=source,
             plain=(cfg.get('tag') or '').startswith('plain_'),
-            cost=count(model, data['input_size']),
+            cost=cost or count(model, data['input_size']),
             data=data,
             test=test,
             num_classes=classes_of(model),
