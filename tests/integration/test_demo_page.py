@@ -42,6 +42,7 @@ def start(*arguments: str, cwd: Path, **environment: str) -> tuple[subprocess.Po
         cwd=cwd,
         env=variables,
         start_new_session=True,  # a terminal's Ctrl-C reaches the server alone
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests that run in the background ignore it
     )
     line = server.stdout.readline()
     if 'http' not in line:
