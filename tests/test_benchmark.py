@@ -20,6 +20,14 @@ MODELS = ['small_cnn', 'small_saecnn', 'cifar_senetv2_resnet20:reparameterized',
 SMALL = ['--batch-sizes', '2', '--size', '32', '--rounds', '3']
 
 
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """What the command and executorch set for their process ends with the test."""
+    for name in 'KINETO_LOG_LEVEL', 'OPENVINO_LIB_PATH':
+        monkeypatch.setenv(name, '')
+        monkeypatch.delenv(name)
+
+
 def test_measurement_of_small_models(tmp_path):
     benchmark.main(
         ['--models', *MODELS, '--baseline', *MODELS[:2], *SMALL, '--out', str(tmp_path), '--name', 'trial', '--profile']
