@@ -237,6 +237,38 @@ def speed(name: str, *words: str) -> str:
     return f'{report.speed_table(rows, rows[0]["baseline"])}\n\n{report.measured_with(rows)}'
 
 
+RUNTIMES = {  # of the benchmark, and what docs/export.md calls them
+    'eager': 'PyTorch',
+    'compiled': '`torch.compile`',
+    'aot-inductor': 'AOTInductor',
+    'onnxruntime': 'onnxruntime',
+    'openvino': 'OpenVINO',
+    'executorch': 'ExecuTorch (XNNPACK)',
+    'torchscript': 'TorchScript',
+}
+
+
+def runtimes(name: str, batch: str) -> str:
+    """What serves the model at which speed, beside timm's model with SE: inference in float32, NCHW, at one batch."""
+    ours, beside = 'senetv2_resnet50', 'seresnet50'
+    chosen = dict(training='False', dtype='float32', layout='NCHW', batch=batch, baseline=beside)
+    rows = [
+        row for row in _benchmark(name) if row['experiment'].startswith('models, ') and chosen.items() <= row.items()
+    ]
+    lines = [
+        f'| | `{beside}`, ms | `{ours}`, ms | reparameterized, ms | speed / `{beside}` | reparameterized |',
+        '|---|--:|--:|--:|--:|--:|',
+    ]
+    for runtime, words in RUNTIMES.items():
+        found = {row['contestant']: row for row in rows if row['runtime'] == runtime}
+        if found:
+            models = [found[model] for model in (beside, ours, f'{ours}:reparameterized')]
+            cells = [words, *(row['ms'] for row in models), *(f'{float(row["ratio"]):.2f}' for row in models[1:])]
+            lines.append(f'| {" | ".join(cells)} |')
+    shown = [row for row in rows if row['runtime'] in RUNTIMES]
+    return '\n'.join(lines) + f'\n\n{report.measured_with(shown)}'
+
+
 def imports() -> str:
     """What registering the models takes, at the end of the imports of torch and timm."""
     return benchmark_imports.table(RESULTS / 'benchmark_imports.csv')
@@ -378,6 +410,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
         reliability,
         reliability_cases,
         runs,
+        runtimes,
         speed,
         step_times,
         summary,

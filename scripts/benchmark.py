@@ -17,13 +17,12 @@ from experiments.benchmark import imports, report, suite, traffic  # noqa: E402
 from experiments.benchmark.contestants import (  # noqa: E402
     COMPILE_MODES,
     DTYPES,
-    ENGINES,
     LAYOUTS,
     Setting,
     compiled,
     create,
-    require_engine,
 )
+from experiments.benchmark.engines import ENGINES, require_engine  # noqa: E402
 from experiments.files import write_csv  # noqa: E402
 from timm_senetv2.commands import Parser  # noqa: E402
 from timm_senetv2.errors import UserError, run  # noqa: E402
@@ -103,7 +102,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--autocast', action='store_true', help='half precision by autocast, not by casting the model')
     how = parser.add_mutually_exclusive_group()
     how.add_argument('--compile', action='store_true', help='torch.compile every model')
-    how.add_argument('--engines', nargs='+', choices=ENGINES, help='run the models exported, on a CPU')
+    how.add_argument('--engines', nargs='+', choices=list(ENGINES), help='run the models exported, on a CPU')
     parser.add_argument(
         '--compile-mode', default='default', choices=COMPILE_MODES, help='of torch.compile (default: %(default)s)'
     )
@@ -157,7 +156,8 @@ def check_engines(args: argparse.Namespace) -> None:
         raise UserError('--engines measures inference in float32 on a CPU; leave out --device, --modes and --dtypes')
     if args.layouts not in (None, ['NCHW']):
         raise UserError('an exported model chooses its own layout; leave out --layouts, or --engines')
-    require_engine('onnx', 'onnxscript', *args.engines)
+    for engine in args.engines:
+        require_engine(engine)
 
 
 def chosen(args: argparse.Namespace) -> list[suite.Experiment]:
@@ -169,15 +169,14 @@ def chosen(args: argparse.Namespace) -> list[suite.Experiment]:
                 raise UserError(f'the suite has no part {part!r}; its parts: {", ".join(parts)}')
         experiments = [e for part in args.suite or parts for e in parts[part]]
         missing = {}
-        for engine in ('onnx', 'onnxscript', *ENGINES):
+        for engine in ENGINES.keys() & {e.setting.runtime for e in experiments}:
             try:
                 require_engine(engine)
             except UserError as e:
                 missing[engine] = str(e)
-        absent = ENGINES if missing.keys() & {'onnx', 'onnxscript'} else missing.keys()
-        if any(e.setting.runtime in absent for e in experiments):
-            print(f'left out: {", ".join(absent)}; {next(iter(missing.values()))}', file=sys.stderr)
-        by_title = {e.title: e for e in experiments if e.setting.runtime not in absent}  # --quick makes batches equal
+        for engine, why in sorted(missing.items()):
+            print(f'left out: {engine}; {why}', file=sys.stderr)
+        by_title = {e.title: e for e in experiments if e.setting.runtime not in missing}  # --quick makes batches equal
         return list(by_title.values())
     rounds = 3 if args.quick else args.rounds
     specs = list(dict.fromkeys(args.models))

@@ -1,5 +1,6 @@
 """scripts/benchmark.py and experiments/benchmark: small real measurements, and their arithmetic."""
 
+import re
 import statistics
 import sys
 import time
@@ -10,13 +11,22 @@ import pytest
 import timm
 import torch
 
-from experiments.benchmark import contestants, imports, report, suite, timing, traffic
+from experiments.benchmark import contestants, engines, imports, report, suite, timing, traffic
+from experiments.benchmark.engines import ENGINES, require_engine
 from experiments.files import read_csv, write_csv
 from timm_senetv2.errors import UserError, run
 from timm_senetv2.layers import SqueezeAggregatedExcitation
 
 MODELS = ['small_cnn', 'small_saecnn', 'cifar_senetv2_resnet20:reparameterized', 'cifar_senetv2_resnet20:four-branch']
 SMALL = ['--batch-sizes', '2', '--size', '32', '--rounds', '3']
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """What the command and executorch set for their process ends with the test."""
+    for name in 'KINETO_LOG_LEVEL', 'OPENVINO_LIB_PATH':
+        monkeypatch.setenv(name, '')
+        monkeypatch.delenv(name)
 
 
 def test_measurement_of_small_models(tmp_path):
@@ -81,28 +91,18 @@ def test_compiled_models_are_measured_at_every_size_in_one_process(tmp_path):
     assert {(row['runtime'], row['batch']) for row in rows} == {('compiled', '1'), ('compiled', '2')}
 
 
-@pytest.mark.parametrize('engine', contestants.ENGINES)
-def test_engines_run_the_exported_model(engine, monkeypatch):
-    """The step of an engine computes what the model computes."""
-    pytest.importorskip(engine)
-    setting = contestants.Setting(runtime=engine, batch=2, size=32)
-    contestant = contestants.engine_contestant('small_saecnn', setting)
-    contestant.step()
-    path = contestants.exported('small_saecnn', 2, 32)
-    x = torch.randn(2, 3, 32, 32)
-    if engine == 'onnxruntime':
-        import onnxruntime
-
-        session = onnxruntime.InferenceSession(path)
-        output = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
-    else:
-        import openvino
-
-        output = openvino.compile_model(path, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})([x.numpy()])[0]
-    torch.manual_seed(0)
+@pytest.mark.parametrize('engine', ENGINES)
+def test_engines_run_the_exported_model(engine):
+    """An engine computes what the model computes."""
+    try:
+        require_engine(engine)
+    except UserError as e:
+        pytest.skip(str(e))
     model = contestants.create('small_saecnn', 32).eval()
+    x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(output), model(x), rtol=1e-3, atol=1e-4)
+        expected = model(x)
+    torch.testing.assert_close(engines.engine(engine, model, torch.zeros_like(x))(x), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_missing_engine_costs_one_line(monkeypatch, tmp_path, capsys):
@@ -111,9 +111,13 @@ def test_missing_engine_costs_one_line(monkeypatch, tmp_path, capsys):
         run(lambda: benchmark.main(['--models', 'small_cnn', '--engines', 'openvino', '--out', str(tmp_path)]))
     assert stop.value.code == 2
     assert 'openvino is not installed; pip install openvino' in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, 'executorch', None)
     experiments = benchmark.chosen(benchmark.parse_args(['--suite', 'engines']))
-    assert {e.setting.runtime for e in experiments} == {'onnxruntime'}
-    assert 'left out: openvino' in capsys.readouterr().err
+    assert {e.setting.runtime for e in experiments} == ENGINES.keys() - {'openvino', 'executorch'}
+    assert re.findall('^left out: (.*); .* is not installed', capsys.readouterr().err, re.M) == [
+        'executorch',
+        'openvino',
+    ]
 
 
 def test_ratios_are_paired_by_round():
@@ -225,7 +229,7 @@ def test_suite_of_a_cpu_has_every_setting_that_matters():
             *(f'training step, cpu, {r}, float32, {layout}, batch 8' for r in ('eager', 'compiled')),
         ):
             assert experiments[f'models, {what}'].baselines == ('resnet50', 'seresnet50')
-    for engine in contestants.ENGINES:
+    for engine in ENGINES:
         for n in 1, 8:
             assert f'models, inference, cpu, {engine}, float32, NCHW, batch {n}' in experiments
 

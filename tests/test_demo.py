@@ -304,8 +304,9 @@ def test_gates_are_those_of_the_formula():
     assert not gates
 
 
-def test_gates_are_found_in_every_model_with_se_or_sae_and_none_in_one_without():
+def test_gates_are_found_in_every_kind_of_channel_attention_and_none_in_a_model_without():
     counts = dict(seresnet18=8, mobilenetv3_small_050=9, senetv2_resnet18=8, seanet20=9, resnet18=0)
+    counts |= dict(ecaresnet26t=8, ese_vovnet19b_slim_dw=4)
     for name, count in counts.items():
         gates: dict = {}
         model = timm.create_model(name).eval()

@@ -1,6 +1,7 @@
 """scripts/docs.py and experiments/markdown.py: the generated regions of the Markdown files."""
 
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,27 @@ def test_speeds_are_those_of_the_benchmark():
         }
         for name, ratio in zip(names[1:], ratios.split(' | '), strict=True):
             assert ratio.strip() == (f'{float(measured[name]):.3f}' if name in measured else '')
+
+
+def test_runtimes_are_those_of_the_benchmark():
+    """Against the times of all rounds, from which neither the table nor its file was read."""
+    rounds: dict[tuple[str, str], list[float]] = {}
+    for row in read_csv(ROOT / 'results/benchmark_cpu_rounds.csv'):
+        rounds.setdefault((row['experiment'], row['contestant']), []).append(float(row['ms']))
+    for batch in '1', '8':
+        table = cells(markdown.runtimes('cpu', batch))
+        for runtime, words in markdown.RUNTIMES.items():
+            experiment = f'models, inference, cpu, {runtime}, float32, NCHW, batch {batch}'
+            models = ('seresnet50', 'senetv2_resnet50', 'senetv2_resnet50:reparameterized')
+            times = [rounds.get((experiment, model)) for model in models]
+            row = table.pop(words.replace('`', '').split()[0], None)
+            assert (row is not None) == all(times)  # where nothing was measured, nothing stands
+            if row is None:
+                continue
+            expected = [statistics.median(t) for t in times]
+            expected += [statistics.median(a / b for a, b in zip(times[0], t, strict=True)) for t in times[1:]]
+            assert [float(cell) for cell in row] == pytest.approx(expected, rel=2e-2)
+        assert not table
 
 
 def test_links_become_absolute_for_an_index():

@@ -59,7 +59,7 @@ def lacking(code: str) -> list[str]:
 def snippets() -> Iterator:
     for page in (page for page in PAGES if page.name != FAILS):
         for i, (code, slow) in enumerate(blocks(page, 'python')):
-            marks = [pytest.mark.slow] if slow else []
+            marks = [pytest.mark.slow, pytest.mark.timeout(1800)] if slow else []
             if needed := lacking(code):
                 marks.append(pytest.mark.skip(reason=f'{", ".join(needed)} not installed'))
             yield pytest.param(code, marks=marks, id=f'{page.name}-{i}')

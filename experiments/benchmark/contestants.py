@@ -1,11 +1,8 @@
 """What is measured: models as they run in training and inference, and layers alone."""
 
-import functools
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import cast
 
 import timm
@@ -21,12 +18,12 @@ from timm_senetv2.layers import SqueezeAggregatedExcitation
 from timm_senetv2.models.blocks import SaEBasicBlock, SaEBottleneck
 
 from ..randomize import randomize
+from .engines import ENGINES, engine
 from .timing import Contestant
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 VARIANTS = ('reparameterized', 'four-branch')
 LAYOUTS = {'NCHW': torch.contiguous_format, 'channels-last': torch.channels_last}
-ENGINES = ('onnxruntime', 'openvino')
 COMPILE_MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
 
 
@@ -189,60 +186,13 @@ def model_contestant(spec: str, setting: Setting) -> Contestant:
     )
 
 
-@functools.cache
-def _exported_folder() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix='benchmark-onnx-')
-
-
-@functools.cache
-def exported(spec: str, batch: int, size: int) -> Path:
-    """The model in eval mode as an ONNX file for this batch, which lasts as long as the process."""
-    require_engine('onnx', 'onnxscript')
-    torch.manual_seed(0)
-    model = create(spec, size).eval()
-    path = Path(_exported_folder().name) / f'{spec.replace(":", "-")}-{batch}-{size}.onnx'
-    images = torch.randn(batch, 3, size, size)
-    torch.onnx.export(model, (images,), path, dynamo=True, external_data=False, verbose=False)
-    return path
-
-
-def require_engine(*modules: str) -> None:
-    """Raise a UserError that says how to install the first of the modules that is missing."""
-    for module in modules:
-        try:
-            __import__(module)
-        except ImportError:
-            raise UserError(f'{module} is not installed; pip install {module}, or leave out what needs it') from None
-
-
 def engine_contestant(spec: str, setting: Setting) -> Contestant:
-    """Inference of the exported model in onnxruntime or OpenVINO, with torch's number of threads."""
-    require_engine(setting.runtime)
-    path, threads = exported(spec, setting.batch, setting.size), torch.get_num_threads()
-    x = torch.randn(setting.batch, 3, setting.size, setting.size).numpy()
-    if setting.runtime == 'onnxruntime':
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        # Threads that wait for the next call at full speed would take the cores from the next contestant
-        options.add_session_config_entry('session.intra_op.allow_spinning', '0')
-        session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
-        name = session.get_inputs()[0].name
-
-        def step() -> None:
-            session.run(None, {name: x})
-    else:
-        import openvino
-
-        # Its default takes bfloat16 where the processor has it
-        config = {'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': 'f32', 'PERFORMANCE_HINT': 'LATENCY'}
-        request = openvino.Core().compile_model(path, 'CPU', config).create_infer_request()
-
-        def step() -> None:
-            request.infer([x], share_inputs=True)
-
-    return Contestant(step, images=setting.batch)
+    """Inference of the model as an engine runs it, with torch's number of threads."""
+    torch.manual_seed(0)
+    model = create(spec, setting.size).eval()
+    x = torch.randn(setting.batch, 3, setting.size, setting.size)
+    engine_run = engine(setting.runtime, model, x)
+    return Contestant(lambda: engine_run(x), images=setting.batch)
 
 
 def layer_contestant(layer: Callable, x: torch.Tensor, backward: bool) -> Contestant:

@@ -19,6 +19,7 @@ from .contestants import (
     layer_contestant,
     model_contestant,
 )
+from .engines import ENGINES
 from .timing import Contestant, compare, kernels, machine, matrix_rate, measure, peak_bytes, quartiles
 
 
@@ -191,7 +192,7 @@ def suite(device: str, quick: bool = False) -> dict[str, list[Experiment]]:
 
     base = Setting()
     half, inductor = replace(base, dtype='bfloat16'), replace(base, runtime='compiled')
-    engines = [replace(base, runtime=engine, batch=batch) for engine in ('onnxruntime', 'openvino') for batch in (1, 8)]
+    engines = [replace(base, runtime=engine, batch=batch) for engine in ENGINES for batch in (1, 8)]
     return {
         'inference': models(settings(base, (1, 8)), 25, ports) + models(settings(base, (32,)), 11),
         'training': models(settings(replace(base, training=True), (8,)), 11, ports),

@@ -6,7 +6,7 @@ import pytest
 from converters import IMAGES, MODELS, Converter
 from integrations import fresh, need, record
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.integration
 MODULES = {'onnx': 'onnxscript'}  # what shows that the library is there, where its own name does not
 
 

@@ -13,7 +13,7 @@ from hub_server import HubServer
 from integrations import environment, fresh, need, record
 from PIL import Image
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.integration
 MODULES = {
     'segmentation-models-pytorch': 'segmentation_models_pytorch',
     'grad-cam': 'pytorch_grad_cam',

@@ -209,7 +209,6 @@ def test_command_without_its_extra_says_in_one_line_what_to_install(dist, enviro
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize('kind', ['wheel', 'sdist'])
 def test_every_registration_case_holds_for_an_installed_package(kind, dist, environment, tmp_path):
     environment.install(dist[kind])

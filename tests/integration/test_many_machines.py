@@ -24,7 +24,6 @@ from PIL import Image
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(1500),
     pytest.mark.skipif(
         not os.environ.get('TIMM_REPO'),
         reason=f"timm's scripts are not in its wheel: set TIMM_REPO to a checkout of timm v{timm.__version__}",

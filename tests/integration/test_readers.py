@@ -18,7 +18,6 @@ from PIL import Image
 
 pytestmark = [
     pytest.mark.integration,
-    pytest.mark.timeout(600),
     pytest.mark.skipif(
         not os.environ.get('TIMM_REPO'),
         reason=f"timm's train.py is not in its wheel: set TIMM_REPO to a checkout of timm v{timm.__version__}",

@@ -46,7 +46,7 @@ def image_folder(tmp_path_factory) -> Path:
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess:
-    result = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=280)
+    result = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from integrations import ROOT, environment, need, record
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.integration
 PAGE = ROOT / 'docs' / 'upstream-num-classes.md'
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .. import catalog
 from ..create import check_options
 from ..errors import UserError, one_line, printable
+from ..gates import attention_layers
 
 MOST_SIDE = 1024  # pixels of a model's input
 _PASSES, _MOST_TIMING = 5, 0.5  # forward passes that are timed, and seconds after which no further one begins
@@ -130,7 +131,7 @@ class Classifier:
 def recorded_gates(model: nn.Module, into: dict[str, Tensor]) -> Iterator[None]:
     """In this block, each forward pass of the model writes its gates into a dict: block name to (N, C), float32.
 
-    Those of this package's layer and of timm's SE layers, which keep the gates' activation as a module of its own.
+    Those of all layers that `timm_senetv2.gates` knows; none for a model without attention.
     """
 
     def record(block: str) -> Callable[[nn.Module, Any, Tensor], None]:
@@ -139,12 +140,11 @@ def recorded_gates(model: nn.Module, into: dict[str, Tensor]) -> Iterator[None]:
 
         return hook
 
-    handles = []
-    for name, layer in model.named_modules():
-        block, _, last = name.rpartition('.')
-        activation = next((m for key, m in layer.named_children() if key in ('gate_act', 'gate')), None)
-        if last == 'se' and activation is not None:
-            handles.append(activation.register_forward_hook(record(block)))
+    try:
+        layers = attention_layers(model)
+    except ValueError:
+        layers = []
+    handles = [layer.gate.register_forward_hook(record(layer.name.rpartition('.')[0])) for layer in layers]
     try:
         yield
     finally:
