@@ -125,6 +125,14 @@ def test_a_recipe_that_makes_no_sense_is_one_line(option, message):
     assert '\n' not in str(error.value)
 
 
+def test_the_page_shows_what_the_command_prints(capsys):
+    page = (RECIPES.parents[1] / 'docs' / 'many-machines.md').read_text()
+    command, _, rest = page.partition('python scripts/plan_training.py ')[2].partition('\n```\n\n```text\n')
+    words = [str(RECIPES.parents[1] / word) if word.endswith('.yaml') else word for word in command.split()]
+    plan_training.main(words)
+    assert capsys.readouterr().out.strip() == rest.partition('\n```')[0]
+
+
 def test_unknown_data_set_needs_its_size():
     with pytest.raises(UserError, match='give --images'):
         cost.plan(RECIPE | dict(dataset='tfds/mine'), 8, 'a100')
