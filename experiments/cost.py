@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import timm
+from timm.data import resolve_data_config
 from timm.layers import SEModule
+from torch import nn
 
-from timm_senetv2.errors import UserError, did_you_mean, printable
+from timm_senetv2.errors import UserError, did_you_mean, one_line, printable
 from timm_senetv2.layers import SqueezeAggregatedExcitation
 from timm_senetv2.profile import count
 
@@ -28,6 +30,8 @@ EFFICIENCY = 0.5  # of the matrix units' rate that convs reach at best: an assum
 BACKWARD = 2 / 3  # of a step is backward pass, during which gradients are exchanged
 VALIDATION = 1.02  # 50,000 images without a backward pass after 1.28 million with one
 CORE = 150.0  # images a second that one CPU core decodes and augments at 224 pixels: a rule of thumb, measure yours
+PHOTO = 128  # pixels of a side from which the images are taken for such JPEGs
+SHORT = 0.02  # seconds: in a shorter step the launches of some thousand kernels count, which the model leaves out
 
 # Images a second, one RTX 3090, AMP, channels-last, torch 1.12: timm's own measurement
 PUBLISHED = {
@@ -92,6 +96,8 @@ DATA = {
 class Plan:
     """What `plan` finds. Rates are a second, of all GPUs together unless the name says otherwise."""
 
+    training_images: int
+    input_size: tuple[int, int, int]
     images_per_gpu: float
     source: str
     images: float
@@ -100,13 +106,13 @@ class Plan:
     gradient_bytes: int
     exchange_seconds: float
     exposed_seconds: float
-    loader_cores: float
+    loader_cores: float | None  # None where the images are too small for the rule of thumb
     loader_bytes: float
     price: float | None
 
 
 def images_per_second(name: str, gpu: Gpu, compiled: bool = False, model_args: dict[str, Any] | None = None) -> float:
-    """Images a second of one GPU in training, by the model above.
+    """Images a second of one GPU in training at the model's own input size, by the model above.
 
     Args:
         name: A timm name.
@@ -115,13 +121,44 @@ def images_per_second(name: str, gpu: Gpu, compiled: bool = False, model_args: d
         model_args: Options of the model.
     """
     model = timm.create_model(name, device='meta', **(model_args or {}))
-    _, height, width = cast(dict[str, Any], model.pretrained_cfg)['input_size']
-    profile = count(model, (3, height, width))
+    return 1 / max(_seconds(model, cast(dict[str, Any], model.pretrained_cfg)['input_size'], gpu, compiled))
+
+
+def _seconds(model: nn.Module, input_size: tuple[int, int, int], gpu: Gpu, compiled: bool) -> tuple[float, float]:
+    """Seconds that the memory, and that the matrix units, need for one image in training."""
+    profile = count(model, input_size)
     attention = any(isinstance(m, SEModule | SqueezeAggregatedExcitation) for m in model.modules())
     passes = PASSES_WITH_ATTENTION if attention and not compiled else PASSES
-    memory = gpu.bandwidth / (profile.activations * BYTES * passes)
-    arithmetic = gpu.rate * EFFICIENCY / (2 * 3 * profile.macs)
-    return min(memory, arithmetic)
+    memory = profile.activations * BYTES * passes / gpu.bandwidth
+    return memory, 2 * 3 * profile.macs / (gpu.rate * EFFICIENCY)
+
+
+def _model(recipe: dict[str, Any]) -> tuple[nn.Module, tuple[int, int, int]]:
+    """The recipe's model, and channels, height and width of its images, as timm's train.py takes them."""
+    name = recipe.get('model', '')
+    if not isinstance(name, str) or not timm.is_model(name):
+        close = did_you_mean(str(name), timm.list_models())
+        raise UserError(f'the recipe names no model that timm knows: {printable(repr(name))}{close}')
+    given = {key: recipe[key] for key in ('input_size', 'img_size', 'in_chans') if recipe.get(key) is not None}
+    size, options = given.get('input_size'), recipe.get('model_kwargs') or {}
+    sides = (*size, given.get('img_size', 1)) if isinstance(size, list) else (given.get('img_size', 1),)
+    if size is not None and len(sides) != 4 or any(type(side) is not int or not 0 < side < 2**15 for side in sides):
+        raise UserError(
+            'input_size of the recipe must be channels, height and width, and img_size one side: whole numbers'
+        )
+    if not isinstance(options, dict):
+        raise UserError('model_kwargs of the recipe must be options with their values')
+    if recipe.get('num_classes') is not None:
+        options = options | dict(num_classes=_whole(recipe, 'num_classes', 0))
+    if channels := given.get('in_chans') or (size and size[0]):
+        options = options | dict(in_chans=channels)
+    try:
+        model = timm.create_model(name, device='meta', **options)
+        found = resolve_data_config(given, model=model)['input_size']
+        count(model, found)
+    except Exception as e:  # a wrong option shows as anything
+        raise UserError(f'{name} cannot be built, or take its images, as the recipe says: {one_line(e)}') from None
+    return model, found
 
 
 def measured(name: str, gpu: Gpu, compiled: bool, path: Path) -> float | None:
@@ -171,22 +208,26 @@ def plan(
         UserError: An unknown GPU, model or data set, or a number of the recipe's that is none.
     """
     if gpu not in GPUS:
-        raise UserError(f'no figures for the GPU {gpu!r}{did_you_mean(gpu, GPUS)}; known: {", ".join(GPUS)}')
-    name, data = recipe.get('model', ''), DATA.get(str(recipe.get('dataset', 'imagenet')))
-    if not isinstance(name, str) or not timm.is_model(name):
-        close = did_you_mean(str(name), timm.list_models())
-        raise UserError(f'the recipe names no model that timm knows: {printable(repr(name))}{close}')
+        raise UserError(f'no figures for the GPU {printable(gpu)!r}{did_you_mean(gpu, GPUS)}; known: {", ".join(GPUS)}')
+    data = DATA.get(str(recipe.get('dataset') or 'imagenet'))
     if data is None and images is None:
-        raise UserError(f'the size of the data set {recipe["dataset"]!r} is not known; give --images')
+        raise UserError(f'the size of the data set {printable(repr(recipe["dataset"]))} is not known; give --images')
     device, compiled = GPUS[gpu], bool(recipe.get('torchcompile'))
-    args: dict[str, Any] = dict(num_classes=_whole(recipe, 'num_classes', 0)) if 'num_classes' in recipe else {}
-    rate = measured(name.partition('.')[0], device, compiled, results) if results else None
-    source = 'measured by scripts/benchmark.py' if rate else "estimated from the memory's bandwidth"
-    rate = rate or images_per_second(name, device, compiled, args)
+    model, input_size = _model(recipe)
+    plain = not recipe.get('model_kwargs') and input_size == cast(dict[str, Any], model.pretrained_cfg)['input_size']
+    name = recipe['model'].partition('.')[0]
+    rate = measured(name, device, compiled, results) if results and plain else None
+    source = 'measured by scripts/benchmark.py'
+    if rate is None:
+        memory, arithmetic = _seconds(model, input_size, device, compiled)
+        source = (
+            "estimated from the memory's bandwidth" if memory > arithmetic else "estimated from the matrix units' rate"
+        )
+        rate = 1 / max(memory, arithmetic)
 
     batch = _whole(recipe, 'batch_size', 128) * _whole(recipe, 'grad_accum_steps', 1)
     compute = batch / rate
-    params = sum(p.numel() for p in timm.create_model(name, device='meta', **args).parameters())
+    params = sum(p.numel() for p in model.parameters())
     gradient = 4 * params  # in float32, whatever the autocast
     link = network or (device.link if gpus <= PER_MACHINE else NETWORK)
     exchange = 2 * (gpus - 1) / gpus * gradient / link  # a ring sends each byte twice, less its own share
@@ -196,6 +237,8 @@ def plan(
     number = images or (data.images if data else 0)
     hours = _whole(recipe, 'epochs', 300) * number / total * VALIDATION / 3600
     return Plan(
+        training_images=number,
+        input_size=input_size,
         images_per_gpu=rate,
         source=source,
         images=total,
@@ -204,7 +247,7 @@ def plan(
         gradient_bytes=gradient,
         exchange_seconds=exchange,
         exposed_seconds=exposed,
-        loader_cores=total / CORE,
+        loader_cores=total / CORE if min(input_size[1:]) >= PHOTO else None,
         loader_bytes=total * (data.bytes_each if data else DATA['imagenet'].bytes_each),
         price=price * gpus * hours if price is not None else None,
     )

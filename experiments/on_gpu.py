@@ -16,13 +16,6 @@ ROOT = Path(__file__).parents[1]
 COLUMNS = ('step', 'device', 'code', 'seconds', 'command')
 SEEDS = ['0', '1', '2', '3', '4']
 TRIO = ['cifar_resnet20', 'cifar_seresnet20', 'cifar_senetv2_resnet20']
-KINDS = [  # of networks beside ours, at 32 pixels
-    *TRIO,
-    'efficientnet_b0:output_stride=8',
-    'mobilenetv3_large_100',
-    'regnety_002:output_stride=8',
-    'vit_tiny_patch16_224:img_size=32,patch_size=4,embed_dim=64,depth=8,num_heads=2',
-]
 
 
 @dataclass(frozen=True)
@@ -52,9 +45,17 @@ def steps(device: str, quick: bool, out: Path, data: Sequence[str] = ()) -> list
             kept: list[str] = [word for word in ('--save-weights', '--channels-last', '--amp') if word in options]
             kept += ['--per-class', '4'] if '--per-class' in options else []
             kept += ['--init', options[options.index('--init') + 1]] if '--init' in options else []
-            words += [*kept, '--image-size', '32', '--epochs', '1']
+            words += [*kept, '--image-size', '16', '--epochs', '1']
         else:
             words += ['--dataset', dataset, *options, *(() if dataset == 'digits' else data)]
+        return Step(name, purpose, tuple(words))
+
+    def compare(name: str, purpose: str, dataset: str, *options: str) -> Step:
+        words = ['scripts/compare_architectures.py', '--device', device, '--out', str(out / 'runs' / name)]
+        if quick:
+            words += ['--dataset', 'digits', '--quick', '--image-size', '16']
+        else:
+            words += ['--dataset', dataset, *options, '--amp', '--channels-last', *data]
         return Step(name, purpose, tuple(words))
 
     def weights(of: str, model: str, seed: int) -> str:
@@ -115,16 +116,15 @@ def steps(device: str, quick: bool, out: Path, data: Sequence[str] = ()) -> list
             [*TRIO, 'cifar_resnet56', 'cifar_seresnet56', 'cifar_senetv2_resnet56', 'seanet20'],
             *fmnist, '--epochs', '200', '--seeds', *SEEDS,
         ),
-        reproduce(
-            f'fmnist_kinds{suffix}', 'Q10: beside other kinds of networks', 'fashion-mnist', KINDS,
-            *fmnist, '--opt', 'adamw', '--lr', '0.001', '--weight-decay', '0.05', '--epochs', '50', '--seeds', *SEEDS,
+        compare(
+            f'fmnist_kinds{suffix}', 'Q10: beside other kinds of networks', 'fashion-mnist',
+            '--crop-padding', '2', '--batch-size', '128', '--epochs', '50', '--seeds', *SEEDS,
         ),
     ]  # fmt: skip
     if not quick:
         found.append(
-            reproduce(
-                f'cifar100_kinds{suffix}', 'Q10 on CIFAR-100', 'cifar100', KINDS, '--amp', '--channels-last',
-                '--opt', 'adamw', '--lr', '0.001', '--weight-decay', '0.05', '--epochs', '100', '--seeds', *SEEDS[:3],
+            compare(
+                f'cifar100_kinds{suffix}', 'Q10 on CIFAR-100', 'cifar100', '--epochs', '100', '--seeds', *SEEDS[:3]
             )
         )  # fmt: skip
     return found

@@ -24,12 +24,19 @@ from timm_senetv2.commands import Parser  # noqa: E402
 from timm_senetv2.errors import UserError, run  # noqa: E402
 
 
-def models(side: int) -> list[str]:
+def models(side: int, small: bool = False) -> list[str]:
     """The networks for images of so many pixels, as words of reproduce.py."""
+    ours = ['cifar_resnet20', 'cifar_seresnet20', 'cifar_senetv2_resnet20']
+    if small:
+        return [
+            *ours,
+            'tinynet_e:output_stride=8',
+            'mobilenetv3_small_100',
+            'regnety_002:output_stride=8',
+            f'vit_tiny_patch16_224:img_size={side},patch_size={side // 4},embed_dim=64,depth=8,num_heads=2',
+        ]
     return [
-        'cifar_resnet20',
-        'cifar_seresnet20',
-        'cifar_senetv2_resnet20',
+        *ours,
         'efficientnet_b0:output_stride=8',
         'mobilenetv3_large_100',
         'regnety_002:output_stride=8',
@@ -40,6 +47,12 @@ def models(side: int) -> list[str]:
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument('--image-size', type=int, default=32, metavar='N', help='side of the images (default: 32)')
+    parser.add_argument(
+        '--small',
+        action='store_true',
+        help='for a CPU, smaller ones of these kinds: TinyNet-E, a scaled-down EfficientNet; MobileNetV3-Small; '
+        'patches of a quarter of the image for the transformer',
+    )
     parser.add_argument('--models', nargs='+', default=[], metavar='MODEL', help='further models')
     parser.add_argument(
         '--list', action='store_true', help='list the models with parameters and multiply-adds, and end'
@@ -58,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if args.image_size < 16 or args.image_size % 8:
         raise UserError(f'--image-size must be a multiple of 8 of at least 16, got {args.image_size}')
-    words = [*models(args.image_size), *args.models]
+    words = [*models(args.image_size, args.small), *args.models]
     if args.list:
         print(listing(words, args.image_size))
         return

@@ -9,7 +9,7 @@ the GPU, its measured speed is taken instead. experiments/cost.py has all consta
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,23 +20,43 @@ from timm_senetv2.errors import UserError, one_line, run  # noqa: E402
 
 
 def _above_zero(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float('inf'):
-        raise argparse.ArgumentTypeError(f'{text} is not a number above zero')
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1e-9 <= value <= 1e9:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number above zero, at most a billion')
     return value
+
+
+def _whole(most: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        value = int(text) if text.isdecimal() and len(text) < 20 else 0
+        if not 1 <= value <= most:
+            raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from 1 to {most:,}')
+        return value
+
+    return number
+
+
+def _digits(value: float) -> str:
+    """In full above ten, with two digits that count below."""
+    return f'{value:,.0f}' if value >= 10 else f'{value:.2g}'
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument('--gpus', type=int, required=True, metavar='N', help='how many, in machines of eight')
-    parser.add_argument('--gpu', required=True, metavar='NAME', help='rtx3090, rtx4090, a100, h100 or h200')
+    parser.add_argument('--gpus', type=_whole(10**6), required=True, metavar='N', help='how many, in machines of eight')
+    parser.add_argument(
+        '--gpu', type=str.lower, required=True, metavar='NAME', help='rtx3090, rtx4090, a100, h100 or h200'
+    )
     parser.add_argument('--recipe', type=Path, required=True, metavar='FILE', help="YAML options of timm's train.py")
-    parser.add_argument('--images', type=int, metavar='N', help="training images (default: those of the recipe's set)")
+    parser.add_argument(
+        '--images', type=_whole(10**12), metavar='N', help="training images (default: those of the recipe's set)"
+    )
     parser.add_argument('--network', type=_above_zero, metavar='GB/S', help='for each GPU, between them')
     parser.add_argument('--price', type=_above_zero, metavar='MONEY', help='of one GPU for an hour')
     args = parser.parse_args(argv)
-    if args.gpus < 1 or args.images is not None and args.images < 1:
-        parser.error('--gpus and --images are whole numbers above zero')
 
     import yaml
 
@@ -55,20 +75,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = cost.plan(
         recipe, args.gpus, args.gpu, images=args.images, network=network, price=args.price, results=results
     )
-    print(f'{recipe["model"]} on {args.gpus} x {args.gpu}, {recipe.get("epochs", 300)} epochs')
-    print(f'  one GPU       {found.images_per_gpu:,.0f} images/s, {found.source}')
-    print(f'  all           {found.images:,.0f} images/s, {found.step_seconds * 1e3:,.0f} ms a step')
-    print(f'  hours         {found.hours:,.1f}, {found.hours * args.gpus:,.0f} GPU hours')
+    _, height, width = found.input_size
     print(
-        f'  gradients     {found.gradient_bytes / 1e6:,.0f} MB a step, exchanged in '
-        f'{found.exchange_seconds * 1e3:,.1f} ms; {found.exposed_seconds * 1e3:,.1f} ms of it not during backward'
+        f'{recipe["model"]} on {args.gpus} x {args.gpu}, {recipe.get("epochs", 300)} epochs of '
+        f'{found.training_images:,} images of {width} x {height} pixels'
     )
+    print(f'  one GPU       {_digits(found.images_per_gpu)} images/s, {found.source}')
+    print(f'  all           {_digits(found.images)} images/s, {_digits(found.step_seconds * 1e3)} ms a step')
+    print(f'  hours         {_digits(found.hours)}, {_digits(found.hours * args.gpus)} GPU hours')
     print(
-        f'  loader        {found.loader_cores:,.0f} cores at {cost.CORE:.0f} images/s each, '
-        f'{found.loader_bytes / 1e6:,.0f} MB/s read'
+        f'  gradients     {_digits(found.gradient_bytes / 1e6)} MB a step, exchanged in '
+        f'{_digits(found.exchange_seconds * 1e3)} ms; {_digits(found.exposed_seconds * 1e3)} ms of it not during '
+        f'backward'
     )
+    cores = '' if found.loader_cores is None else f'{_digits(found.loader_cores)} cores at {cost.CORE:.0f} images/s, '
+    print(f'  loader        {cores}{_digits(found.loader_bytes / 1e6)} MB/s read')
     if found.price is not None:
-        print(f'  price         {found.price:,.0f}')
+        print(f'  price         {_digits(found.price)}')
+    if found.source.startswith('estimated') and found.step_seconds < cost.SHORT:
+        print(
+            f'  too fast      in a step below {cost.SHORT * 1e3:.0f} ms the launches of kernels count too, and the '
+            f'loader may be slower'
+        )
+    if found.source.startswith('estimated') and not (recipe.get('amp') and recipe.get('channels_last')):
+        print('  assumed       --amp --channels-last, which the recipe leaves out; slower without')
 
 
 if __name__ == '__main__':

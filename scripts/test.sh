@@ -14,7 +14,8 @@ ready.
   --slow         also the tests marked slow, which CI runs every week, and timm's own model tests for all of our
                  models: over an hour
   --integration  also the tests with other libraries, which it installs: 5 GB. With TIMM_REPO=/path/to/a/checkout/of/timm
-                 those with its train.py too. Writes results/integrations.csv and the tables of docs/integrations.md
+                 those with its train.py too. Sweeps on Ray clusters of this machine are among them. Writes
+                 results/integrations.csv and the tables of docs/integrations.md
   --help         this text
 EOF
 }
@@ -41,6 +42,7 @@ export OMP_NUM_THREADS=1  # two processes side by side are faster than two threa
 "$python" tests/run_timm_tests.py $models -n 2
 if [ -n "$extra" ]; then  # on their own: other tests compare the documents with the results that these write
     "$python" -m pytest -q -m "$slow and integration" -n 2 --dist loadscope tests/integration
+    "$python" -m pytest -q -m "$slow and integration" tests/test_ray_executor.py tests/test_sweep_cost.py  # clusters
     "$python" scripts/docs.py docs/integrations.md
 fi
 "$python" -m pytest -q -m "$slow and not integration" -n 2 --dist loadscope  # last, so that its closing line is

@@ -12,7 +12,7 @@ from timm_senetv2.errors import UserError
 def test_one_command_trains_tests_and_times(tmp_path, monkeypatch, capsys):
     every = compare_architectures.models(16)
     chosen = [every[0], *(word for word in every if word.startswith(('mobilenet', 'vit')))]
-    monkeypatch.setattr(compare_architectures, 'models', lambda side: chosen)
+    monkeypatch.setattr(compare_architectures, 'models', lambda side, small: chosen)
     monkeypatch.setattr(step_time, 'ROUNDS', 1)
     out = tmp_path / 'out'
     arguments = ['--dataset', 'digits', '--quick', '--image-size', '16', '--crop-padding', '1', '--device', 'cpu']
@@ -36,6 +36,14 @@ def test_the_list_says_what_each_costs(capsys):
     assert rows['cifar_resnet20'] == '272,474'
     kinds = ('resnet', 'seresnet', 'senetv2', 'efficientnet', 'mobilenetv3', 'regnety', 'vit')
     assert all(any(kind in name for name in rows) for kind in kinds)
+
+
+def test_small_ones_are_of_the_same_kinds_and_cost_as_much_as_the_resnets(capsys):
+    compare_architectures.main(['--list', '--small', '--image-size', '16'])
+    rows = [row.split('|') for row in capsys.readouterr().out.splitlines() if '`' in row]
+    costs = [float(row[3]) for row in rows]
+    assert len(rows) == len(compare_architectures.models(16)) and max(costs) < 2 * costs[0]
+    assert max(int(row[2].replace(',', '')) for row in rows) < 3_000_000
 
 
 @pytest.mark.parametrize('size', ['8', '30'])

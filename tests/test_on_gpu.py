@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import benchmark
+import compare_architectures
 import on_gpu as script
 import pytest
 import reproduce
@@ -27,7 +28,11 @@ def test_every_command_is_understood(device, quick, monkeypatch):
         if script == 'scripts/benchmark.py':
             args = benchmark.parse_args(arguments)
             assert (args.device, args.quick, args.out) == (device, quick, 'results')
-        elif script == 'scripts/reproduce.py':
+        elif script in ('scripts/reproduce.py', 'scripts/compare_architectures.py'):
+            if script != 'scripts/reproduce.py':
+                own, arguments = compare_architectures.parse_args(arguments)
+                assert own.quick == quick
+                arguments = ['--models', *compare_architectures.models(own.image_size), *arguments]
             args = reproduce.parse_args(arguments)
             assert make_settings(vars(args)).device == device
             specs = [spec for word in args.models for spec in parse_specs(word)]

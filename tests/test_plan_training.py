@@ -65,7 +65,12 @@ def test_measured_speed_takes_precedence(tmp_path):
 def test_every_recipe_can_be_planned(recipe, capsys):
     plan_training.main(['--gpus', '16', '--gpu', 'h100', '--recipe', str(recipe), '--images', '320000', '--price', '3'])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ['one', 'all', 'hours', 'gradients', 'loader', 'price']
+    names = [line.split()[0] for line in lines[1:]]
+    assert names[:6] == ['one', 'all', 'hours', 'gradients', 'loader', 'price']
+    text = recipe.read_text()
+    assert ('assumed' in names) == ('amp: true' not in text)
+    assert ('too' in names) == ('imagenet' not in text.lower() and 'own classes' not in text)
+    assert '320,000 images' in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -73,8 +78,12 @@ def test_every_recipe_can_be_planned(recipe, capsys):
     [
         (['--gpu', 'h1000'], "no figures for the GPU 'h1000'; did you mean h100"),
         (['--gpu', 'h100', '--recipe', 'missing.yaml'], 'missing.yaml cannot be read'),
-        (['--gpu', 'h100', '--gpus', '0'], 'whole numbers above zero'),
+        (['--gpu', 'h100', '--gpus', '0'], 'not a whole number from 1 to 1,000,000'),
+        (['--gpu', 'h100', '--gpus', '1' + 400 * '0'], 'not a whole number from 1 to 1,000,000'),
+        (['--gpu', 'h100', '--images', '1.5'], 'not a whole number'),
         (['--gpu', 'h100', '--price', '-1'], 'not a number above zero'),
+        (['--gpu', 'h100', '--price', 'much'], 'not a number above zero'),
+        (['--gpu', 'h100', '--network', '1e-300'], 'not a number above zero'),
     ],
 )
 def test_bad_input_costs_one_line(arguments, message, capsys):
@@ -82,6 +91,46 @@ def test_bad_input_costs_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         run(lambda: plan_training.main([*defaults, *arguments]))
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_images_and_options_of_the_recipe_count():
+    whole = cost.plan(RECIPE, 1, 'a100')
+    small = cost.plan(RECIPE | dict(img_size=112), 1, 'a100')
+    assert whole.input_size == (3, 224, 224) and small.input_size == (3, 112, 112)
+    assert small.images_per_gpu == pytest.approx(4 * whole.images_per_gpu, rel=0.03)  # SE and fc stay
+    grey = cost.plan(RECIPE | dict(input_size=[1, 32, 64]), 1, 'a100')
+    assert grey.input_size == (1, 32, 64) and grey.loader_cores is None
+    assert whole.gradient_bytes - grey.gradient_bytes == 4 * 2 * 64 * 7 * 7
+    wider = cost.plan(RECIPE | dict(model_kwargs=dict(sae_cardinality=8)), 1, 'a100')
+    assert wider.gradient_bytes > whole.gradient_bytes
+    assert cost.plan(RECIPE | dict(dataset=None, num_classes=None), 1, 'a100').training_images == 1_281_167
+
+
+@pytest.mark.parametrize(
+    'option, message',
+    [
+        (dict(input_size=[3, 0, 'x']), 'channels, height and width'),
+        (dict(input_size=[224, 224]), 'channels, height and width'),
+        (dict(img_size='large'), 'img_size one side'),
+        (dict(model='vit_tiny_patch16_224', img_size=100), 'cannot be built, or take its images'),
+        (dict(model_kwargs=['a']), 'model_kwargs of the recipe must be options'),
+        (dict(model_kwargs=dict(nothing=1)), 'cannot be built'),
+        (dict(model='resnet500'), 'did you mean'),
+        (dict(batch_size=None), 'batch_size of the recipe must be a whole number'),
+    ],
+)
+def test_a_recipe_that_makes_no_sense_is_one_line(option, message):
+    with pytest.raises(UserError, match=message) as error:
+        cost.plan(RECIPE | option, 8, 'a100')
+    assert '\n' not in str(error.value)
+
+
+def test_the_page_shows_what_the_command_prints(capsys):
+    page = (RECIPES.parents[1] / 'docs' / 'many-machines.md').read_text()
+    command, _, rest = page.partition('python scripts/plan_training.py ')[2].partition('\n```\n\n```text\n')
+    words = [str(RECIPES.parents[1] / word) if word.endswith('.yaml') else word for word in command.split()]
+    plan_training.main(words)
+    assert capsys.readouterr().out.strip() == rest.partition('\n```')[0]
 
 
 def test_unknown_data_set_needs_its_size():

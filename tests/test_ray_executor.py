@@ -27,7 +27,7 @@ GRID = [*DIGITS, '--limit', '200', '--models', 'small_cnn', 'small_saecnn', '--s
 RUNS, EPOCHS = 4, 12
 MEASURED = ('seconds', 'command')
 STORE = 100 * 2**20  # bytes of a node's object store
-LIMIT = 240  # seconds until something has to have happened
+LIMIT = 240  # seconds until something has to have happened, on a machine that does ten other things
 
 needs_ray = [
     pytest.mark.integration,
@@ -96,6 +96,8 @@ class Command:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # a shell starts what follows & with Ctrl-C ignored, and the tests would hand that on
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def end(self) -> tuple[int, list[str]]:
@@ -274,7 +276,7 @@ class TestOnClusters:
         code, errors = command.end()
         assert code == 2
         assert re.match(r'error: the Ray cluster at .* is gone, .* run the same command again$', errors[-1])
-        assert not busy_workers()
+        wait_for(lambda: not busy_workers(), 'its tasks are gone')
         before = {path.name: history(tmp_path, path.name)[:-1] for path in (tmp_path / 'runs').iterdir()}
         code, errors = Command(*words, cluster(2).address).end()
         assert code == 0, errors
@@ -313,7 +315,7 @@ class TestOnClusters:
         exit_code, errors = command.end()
         assert exit_code == code
         if number == signal.SIGINT:
-            assert errors[-1] == 'interrupted' and not busy_workers()
+            assert errors[-1] == 'interrupted'
         wait_for(lambda: not busy_workers() and not any(map(is_alive, below)), 'its processes and tasks are gone')
         before = {path.name: history(tmp_path, path.name)[:-1] for path in (tmp_path / 'runs').iterdir()}
         assert any(before.values())
