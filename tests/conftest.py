@@ -9,13 +9,8 @@ import torch
 from hub_server import HubServer
 from interpreters import Interpreters
 
-SET_BY_LIBRARIES = {
-    *('PYTEST_CURRENT_TEST', 'MPLCONFIGDIR', 'NO_MKDOCS_2_WARNING'),
-    *('KMP_DUPLICATE_LIB_OK', 'KMP_INIT_AT_FORK'),  # scikit-learn
-    *('TORCHINDUCTOR_CACHE_DIR', '_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR', 'CUBLAS_WORKSPACE_CONFIG'),  # Inductor
-    *('TRITON_CACHE_DIR', 'TRITON_LIBDEVICE_PATH', 'TRITON_PTXAS_PATH'),
-    *('DISABLE_CUPTI_LAZY_REINIT', 'TEARDOWN_CUPTI'),  # torch.profiler
-}
+# What steers Python, threads, the Hub's client, our commands and where files go; libraries set others at their import
+STEERING = ('PYTHON', 'OMP_', 'HF_', 'TIMM_', 'RAY_', 'PATH', 'HOME', 'TMP', 'XDG_', 'CI')
 
 
 @pytest.fixture(autouse=True)
@@ -23,8 +18,8 @@ def environment_stays() -> Iterator[None]:
     """Fail a test that leaves PYTHONPATH and the like to the tests after it."""
     before = dict(os.environ)
     yield
-    changed = {k for k in before | dict(os.environ) if before.get(k) != os.environ.get(k)} - SET_BY_LIBRARIES
-    assert not changed, f'the test left other environment variables: {sorted(changed)}'
+    changed = [k for k in before | dict(os.environ) if k.startswith(STEERING) and before.get(k) != os.environ.get(k)]
+    assert not changed, f'the test left other environment variables: {", ".join(sorted(changed))}'
 
 
 @pytest.fixture(autouse=True)

@@ -716,7 +716,10 @@ def one_process(tmp_path_factory) -> Iterator[None]:
 @both_blocks
 def test_fsdp2(cls, leaves, one_process):
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+
+    fully_shard = getattr(torch.distributed.fsdp, 'fully_shard', None)
+    if fully_shard is None:
+        pytest.skip('this torch has no public FSDP2')
 
     def shard(block, x):
         mesh = init_device_mesh('cpu', (1,))

