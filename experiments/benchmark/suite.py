@@ -199,7 +199,7 @@ def suite(device: str, quick: bool = False) -> dict[str, list[Experiment]]:
         'bfloat16-inference': models(settings(half, (1, 8)), 25),
         'bfloat16-training': models(settings(replace(half, training=True), (8,)), 11),
         'compiled-inference': models(settings(inductor, (1, 8)), 25),
-        'compiled-training': models(settings(replace(inductor, training=True), (8,)), 15),
+        'compiled-training': models(settings(replace(inductor, training=True), (8,)), 41),
         'engines': models(engines, 25),
         'models': _trios(replace(base, layout='channels-last'), 15, quick),
         'layers': _layers(replace(base, batch=2) if quick else base, quick),
