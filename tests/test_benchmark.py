@@ -59,9 +59,10 @@ def test_measurement_of_small_models(tmp_path):
     ]
 
 
-def test_every_combination_is_a_setting_with_rows_of_its_own(tmp_path):
+def test_every_combination_is_a_setting_with_rows_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, 'chart', lambda rows, path: path.touch())  # else it is drawn again for each setting
     benchmark.main(
-        ['--models', *MODELS[:2], '--size', '32', '--rounds', '1', '--out', str(tmp_path), '--modes', 'inference']
+        ['--models', MODELS[0], '--size', '32', '--rounds', '1', '--out', str(tmp_path), '--modes', 'inference']
         + ['training', '--batch-sizes', '1', '2', '--dtypes', 'float32', 'bfloat16', '--layouts', 'NCHW']
         + ['channels-last', '--autocast']
     )
