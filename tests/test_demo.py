@@ -561,7 +561,9 @@ def test_space_is_ready_to_push(tmp_path, capsys, with_packages, gradio_9):
     models = ['cifar_senetv2_resnet20', 'senetv2_resnet50.se_ra2_in1k', 'hf-hub:me/mine@main']
     code, out, err = run(['demo', '--models', *models, '--timeout', 20, '--space', tmp_path / 's'], capsys)
     assert code == 0, err
-    front = yaml.safe_load((tmp_path / 's' / 'README.md').read_text().split('---\n')[1])
+    text = (tmp_path / 's' / 'README.md').read_text().split('---\n')[1]
+    assert '&' not in text and '*' not in text  # the anchors and aliases of YAML
+    front = yaml.safe_load(text)
     assert front['sdk'] == 'gradio' and front['sdk_version'] == '9.8.7' and front['app_file'] == 'app.py'
     source = timm.models.get_pretrained_cfg('senetv2_resnet50.se_ra2_in1k').hf_hub_id
     assert front['models'] == front['preload_from_hub'] == [source, 'me/mine'] and len(front['short_description']) <= 60

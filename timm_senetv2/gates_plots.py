@@ -105,8 +105,8 @@ def write_overlays(folder: Path, overlays: Sequence['Overlay'], title: str) -> l
 def _png(figure: Figure, dpi: int = 100, colours: int | None = 256) -> bytes:
     drawn, small = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format='png', dpi=dpi, metadata={'Software': None})
-    with Image.open(drawn) as picture:  # 256 colours are enough for a plot, and take half the space
-        picture = picture.convert('RGB')
+    with Image.open(drawn) as opened:  # 256 colours are enough for a plot, and take half the space
+        picture = opened.convert('RGB')
         (picture if colours is None else picture.quantize(colours)).save(small, format='png', optimize=True)
     return small.getvalue()
 

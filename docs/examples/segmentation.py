@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> float:
     parser.add_argument('--voc', metavar='DIR', help='folder with VOCdevkit/VOC2012, in place of shapes')
     parser.add_argument('--download', action='store_true', help='fetch VOC into that folder')
     parser.add_argument('--size', type=int, default=64, help='side of the images, a multiple of 32')
-    parser.add_argument('--images', type=int, default=256, help='training images, if they are generated')
+    parser.add_argument('--images', type=int, default=1024, help='training images, if they are generated')
     parser.add_argument('--epochs', type=int, default=5)
     parser.add_argument('--batch-size', type=int, default=16)
     parser.add_argument('--lr', type=float, default=1e-3)

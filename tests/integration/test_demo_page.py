@@ -361,3 +361,17 @@ def test_page_for_the_network_says_so_and_offers_only_what_the_package_carries(t
     finally:
         code, error = stop(server)
     assert code == 130 and re.match(r'warning: others than you can reach this page \(0\.0\.0\.0\)', error)
+
+
+def test_link_to_share_that_cannot_be_opened_costs_one_line(tmp_path):
+    """Without the internet: Gradio's tunnel is behind a proxy that is not there."""
+    nowhere = dict(HTTPS_PROXY='http://127.0.0.1:9', HF_HOME=str(tmp_path), HF_HUB_OFFLINE='1')
+    done = subprocess.run(
+        [sys.executable, '-m', 'timm_senetv2', 'demo', '--port', '0', '--share', '--models', OURS],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | nowhere,
+    )
+    assert (done.returncode, done.stdout, done.stderr.count('\n')) == (2, '', 1), done.stderr
+    assert 'no link could be opened to share the page (Gradio: Could not create share link. ' in done.stderr

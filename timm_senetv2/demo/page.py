@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import socket
 import sys
@@ -49,28 +50,36 @@ def serve(settings: Settings) -> None:
 
 def _serve(settings: Settings, choices: Choices, port: int) -> None:
     blocks, look = build(choices, settings)
+    said = io.StringIO()  # Gradio prints why there is no link, in many lines
     try:
-        _, local, shared = blocks.queue(max_size=_MANY).launch(
-            server_name=settings.host,
-            server_port=port,
-            share=settings.share,
-            inbrowser=False,
-            quiet=True,
-            prevent_thread_lock=True,
-            max_file_size=MOST_BYTES,
-            allowed_paths=[str(example.path) for example in examples()],
-            ssr_mode=False,
-            enable_monitoring=False,
-            pwa=False,
-            mcp_server=False,
-            footer_links=[],
-            **look,
-        )
+        with contextlib.redirect_stdout(said):
+            _, local, shared = blocks.queue(max_size=_MANY).launch(
+                server_name=settings.host,
+                server_port=port,
+                share=settings.share,
+                inbrowser=False,
+                quiet=True,
+                prevent_thread_lock=True,
+                max_file_size=MOST_BYTES,
+                allowed_paths=[str(example.path) for example in examples()],
+                ssr_mode=False,
+                enable_monitoring=False,
+                pwa=False,
+                mcp_server=False,
+                footer_links=[],
+                **look,
+            )
     except (OSError, RuntimeError, ValueError) as e:
         raise UserError(f'cannot serve on {settings.host}, port {port}: {one_line(e)}') from None
     try:
         if settings.share and not shared:
-            raise UserError('no link could be opened to share the page; leave --share out, or see what Gradio says')
+            reason = next(
+                (line.strip(' .') for line in said.getvalue().splitlines() if line.strip()), 'no reason given'
+            )
+            raise UserError(
+                f'no link could be opened to share the page (Gradio: {reason}); see whether this machine reaches the '
+                'internet, or leave --share out'
+            )
         print(f'the page is at {local}', flush=True)
         if shared:
             print(f'and for everybody who has the link at {shared}', flush=True)

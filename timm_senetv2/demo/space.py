@@ -80,7 +80,7 @@ def write_space(out: str | os.PathLike[str], settings: Settings, package: str | 
         license='apache-2.0',
         short_description='Classes, gates and activation maps of SENetV2 models',
     )
-    listed = dict(models=sources, preload_from_hub=sources) if sources else {}
+    listed = dict(models=sources, preload_from_hub=[*sources]) if sources else {}  # a copy, else YAML writes an alias
     texts = {
         'app.py': _APP.format(
             models='[\n' + ''.join(f'    {name!r},\n' for name in names) + ']',
