@@ -159,6 +159,7 @@ def environment() -> Iterator[None]:
         patch.setenv('RAY_AUTH_MODE', 'disabled')
         patch.setenv('OMP_NUM_THREADS', '1')
         patch.setenv('RAY_worker_niceness', '0')  # Ray's is 15, and other tests may run beside these
+        patch.setenv('RAY_memory_monitor_refresh_ms', '0')  # nor are runs to die for the memory that others take
         yield
 
 
