@@ -8,12 +8,7 @@ import pytest
 import torch
 from hub_server import HubServer
 
-SET_BY_LIBRARIES = {  # pytest, scikit-learn and Ray, where a test is the first to import them
-    'PYTEST_CURRENT_TEST',
-    'KMP_DUPLICATE_LIB_OK',
-    'KMP_INIT_AT_FORK',
-    'RAY_CLIENT_MODE',
-}
+SET_BY_LIBRARIES = {'PYTEST_CURRENT_TEST'}
 
 
 @pytest.fixture(autouse=True)

@@ -154,6 +154,8 @@ def history(out: Path, run: str) -> list[list[float]]:
 
 @pytest.fixture(scope='module', autouse=True)
 def environment() -> Iterator[None]:
+    if find_spec('ray') is not None:
+        import ray.cluster_utils  # noqa: F401  # sets RAY_CLIENT_MODE, before a test's environment is looked at
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('RAY_USAGE_STATS_ENABLED', '0')
         patch.setenv('RAY_AUTH_MODE', 'disabled')

@@ -52,6 +52,11 @@ def test_ways_whose_rows_differ_are_not_written(tmp_path, monkeypatch):
     assert len(seen) >= 2 and not list(tmp_path.iterdir())
 
 
+@pytest.fixture(scope='module', autouse=True)
+def imports() -> None:
+    import sklearn  # noqa: F401  # sets variables, before a test's environment is looked at
+
+
 @pytest.mark.integration
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(find_spec('ray') is None, reason='needs ray')
