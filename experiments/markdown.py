@@ -321,11 +321,15 @@ def sweep() -> str:
     first = rows[0]
     one = next(row for row in rows if row['way'] != first['way'] and row['at_once'] == '1')
     cost = float(one['run_ms']) - float(first['run_ms'])
+    rounds = int(first['rounds'])
+    command = 'python scripts/sweep_cost.py' + (f' --rounds {rounds}' if rounds != 3 else '')
     caption = (
-        f'`python scripts/sweep_cost.py`: {first["runs"]} runs of one epoch, one thread each, medians of '
-        f'{first["rounds"]} rounds on a shared {first["machine"]}, torch {first["torch"]}. Made one at a time, a run '
-        f'takes {abs(cost):.0f} ms {"more" if cost >= 0 else "less"} with Ray.'
+        f'`{command}`: {first["runs"]} runs of one epoch, one thread each, '
+        f'{f"medians of {rounds} rounds" if rounds > 1 else "one round"} on a shared {first["machine"]}, torch '
+        f'{first["torch"]}.'
     )
+    if rounds > 1:  # one does not say how far the machine's other work moves the times
+        caption += f' Made one at a time, a run takes {abs(cost):.0f} ms {"more" if cost >= 0 else "less"} with Ray.'
     return '\n'.join([*lines, '', caption])
 
 

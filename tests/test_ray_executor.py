@@ -154,11 +154,14 @@ def history(out: Path, run: str) -> list[list[float]]:
 
 @pytest.fixture(scope='module', autouse=True)
 def environment() -> Iterator[None]:
+    if find_spec('ray') is not None:
+        import ray.cluster_utils  # noqa: F401  # sets RAY_CLIENT_MODE, before a test's environment is looked at
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('RAY_USAGE_STATS_ENABLED', '0')
         patch.setenv('RAY_AUTH_MODE', 'disabled')
         patch.setenv('OMP_NUM_THREADS', '1')
         patch.setenv('RAY_worker_niceness', '0')  # Ray's is 15, and other tests may run beside these
+        patch.setenv('RAY_memory_monitor_refresh_ms', '0')  # nor are runs to die for the memory that others take
         yield
 
 

@@ -47,9 +47,17 @@ def test_ways_whose_rows_differ_are_not_written(tmp_path, monkeypatch):
     assert len(seen) >= 2 and not list(tmp_path.iterdir())
 
 
+@pytest.fixture(scope='module', autouse=True)
+def imports() -> None:
+    import sklearn  # noqa: F401  # sets variables, before a test's environment is looked at
+
+
 @pytest.mark.integration
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(find_spec('ray') is None, reason='needs ray')
-def test_it_measures_a_grid_in_each_way(tmp_path):
+def test_it_measures_a_grid_in_each_way(tmp_path, monkeypatch):
+    monkeypatch.setenv('RAY_worker_niceness', '0')
+    monkeypatch.setenv('RAY_memory_monitor_refresh_ms', '0')
     import_module('sweep_cost').main(['--runs', '4', '--rounds', '1', '--out', str(tmp_path / 'cost.csv')])
     rows = read(tmp_path / 'cost.csv')
     assert tuple(rows[0]) == sweep_cost.COLUMNS
