@@ -41,7 +41,7 @@ def test_every_command_is_understood(device, quick, monkeypatch):
                     str(Path(args.out, 'weights', f'{spec}-seed{seed}-*')) for spec in specs for seed in args.seeds
                 }
             if quick and script == 'scripts/reproduce.py':
-                assert all(spec.settings(make_settings(args)).epochs <= 2 for spec in specs)
+                assert all(spec.settings(make_settings(vars(args))).epochs <= 2 for spec in specs)
             assert any(spec.start not in ('scratch',) for spec in specs) == bool(args.init)
             assert not args.init or args.init in saved, 'it starts from what no earlier step saves'
         else:

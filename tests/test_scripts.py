@@ -25,7 +25,7 @@ REPRODUCE = ('--dataset', 'digits', '--out', 'new', '--models')
         ('make_imagenet_subset', ['latin.tar', 'new'], 'latin.tar cannot be read: truncated header'),
         ('make_imagenet_subset', ['empty', 'new', '--per-class', 'x'], "invalid int value: 'x'"),
         ('make_imagenet_subset', ['a\nb', 'new'], r'a\nb is neither a folder'),
-        ('plan_training', ['--gpus', '0', '--gpu', 'h100', '--recipe', RECIPE], 'whole numbers above zero'),
+        ('plan_training', ['--gpus', '0', '--gpu', 'h100', '--recipe', RECIPE], 'is not a whole number from 1 to'),
         ('plan_training', ['--gpus', '1', '--gpu', 'h100', '--recipe', 'latin.md'], 'latin.md cannot be read'),
         ('plan_training', ['--gpus', '1', '--gpu', 'h100', '--recipe', 'deep.yaml'], 'nested too deeply'),
         (
