@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import timm
 import torch
@@ -83,12 +83,10 @@ def count(spec: str, setting: Setting) -> tuple[int, int | None]:
     from torch._inductor import config, metrics
 
     metrics.reset()
-    torch._logging.set_logs(inductor_metrics=True)  # without a reader of its log, nothing is counted
-    try:
-        with config.patch(force_disable_caches=True):
-            contestant.step()
-    finally:
-        torch._logging.set_logs()
+    # without a reader of its log, it counts nothing
+    log = patch('torch._inductor.compile_fx.inductor_metrics_log', Mock(**{'isEnabledFor.return_value': True}))
+    with log, config.patch(force_disable_caches=True):
+        contestant.step()
     if not metrics.num_bytes_accessed:
         raise UserError(f'torch {torch.__version__} does not count the bytes of what it compiles')
     with _around_optimizers(counter):
