@@ -23,6 +23,12 @@ def environment_stays() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def path_stays(monkeypatch) -> None:
+    """Undo what a test, or a script that it imports, does to sys.path."""
+    monkeypatch.setattr(sys, 'path', sys.path[:])
+
+
+@pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
 
