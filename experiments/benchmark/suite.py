@@ -196,9 +196,9 @@ def suite(device: str, quick: bool = False) -> dict[str, list[Experiment]]:
     return {
         'inference': models(settings(base, (1, 8)), 25, ports) + models(settings(base, (32,)), 11),
         'training': models(settings(replace(base, training=True), (8,)), 11, ports),
-        'bfloat16-inference': models(settings(half, (1, 8)), 25),
+        'bfloat16-inference': models(settings(half, (1, 8)), 25) + models(settings(half, (32,)), 11),
         'bfloat16-training': models(settings(replace(half, training=True), (8,)), 11),
-        'compiled-inference': models(settings(inductor, (1, 8)), 25),
+        'compiled-inference': models(settings(inductor, (1, 8)), 25) + models(settings(inductor, (32,)), 11),
         'compiled-training': models(settings(replace(inductor, training=True), (8,)), 41),
         'engines': models(engines, 25),
         'models': _trios(replace(base, layout='channels-last'), 15, quick),
