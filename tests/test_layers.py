@@ -415,6 +415,12 @@ def test_export_with_a_dynamic_batch(layer):
     torch.testing.assert_close(program.module()(x), model(x))
 
 
+def test_exported_mean_keeps_its_dimensions_for_xnnpack_takes_no_other():
+    program = torch.export.export(LAYERS['sae']().eval(), (image(),)).run_decompositions()
+    means = [node for node in program.graph.nodes if node.target is torch.ops.aten.mean.dim]
+    assert [node.args[2:] for node in means] == [(True,)]
+
+
 @both_layers
 def test_fx(layer):
     model, x = layer().double(), image(dtype=torch.float64)

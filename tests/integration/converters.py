@@ -420,7 +420,13 @@ def executorch_xnnpack(model: nn.Module, x: Tensor, folder: Path) -> Run:
     path = folder / 'model.pte'
     path.write_bytes(lowered.to_executorch().buffer)
     method = Runtime.get().load_program(path).load_method('forward')
-    return lambda x: method.execute([x])[0]
+
+    def run(x: Tensor) -> Tensor:
+        return method.execute([x])[0]
+
+    calls = [node.name for node in lowered.exported_program().graph.nodes if node.op == 'call_function']
+    run.facts = dict(parts=sum(name.startswith('executorch_call_delegate') for name in calls))
+    return run
 
 
 # --- Judgement ---

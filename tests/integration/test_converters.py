@@ -33,6 +33,8 @@ def test_what_converts_timms_model_converts_ours(name, tmp_path):
             assert row['error'] <= bound, label
         if 'growth' in row:  # of the file, by slimming it
             assert row['growth'] <= max(0, found['timm']['growth']) + 0.001
+        if 'parts' in row:  # of the graph that XNNPACK runs, between which ExecuTorch's own slow kernels do
+            assert row['parts'] == found['timm']['parts'] == 1
         if 'operations' in row:  # SE's layers are 1x1 convs, and SaE's are linear
             assert set(row['operations']) - set(found['timm']['operations']) <= {'linear', 'expand_dims', 'reshape'}
 

@@ -231,7 +231,8 @@ class SqueezeAggregatedExcitation(nn.Module):
                 # The gradient of a sum is a view of one number a channel, that of a mean is written out. In half
                 # precision the sum would be rounded once more
                 return x.sum((2, 3)) / (x.shape[2] * x.shape[3])
-        return x.mean((2, 3))
+        # ExecuTorch's XNNPACK takes no mean that drops dimensions: with one, each block would leave and enter it again
+        return x.mean((2, 3), keepdim=True).flatten(1)
 
     def gate(self, pooled: torch.Tensor) -> torch.Tensor:
         """s, (N, C), from the channel means, (N, C)."""
