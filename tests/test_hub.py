@@ -79,7 +79,7 @@ def model(trained):
 @pytest.fixture(scope='module')
 def folder(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp('written') / 'x'
-    facts = hub.Facts()
+    facts = hub.Facts(license='mit')
     hub.write_files(model, folder, hub.render_card(model, 'me/x', facts), facts)
     return folder
 
@@ -132,7 +132,7 @@ def test_second_identical_push_makes_no_commit(server, push):
 def test_push_after_a_change_uploads_only_what_changed(server, push, folder, model, tmp_path):
     push()
     changed = tmp_path / 'x'
-    facts = hub.Facts(limits='Only for tests.')
+    facts = hub.Facts(limits='Only for tests.', license='mit')
     hub.write_files(model, changed, hub.render_card(model, 'me/x', facts), facts)
     hub.push(changed, 'me/x', model, token=TOKEN)
     assert pushed_files(server.model('me/x')) == contents(changed) != contents(folder)
@@ -634,7 +634,7 @@ def test_all_files_have_the_permissions_of_any_new_file(folder, tmp_path):
 
 
 def test_writing_twice_gives_the_same_bytes(trained, folder, tmp_path):
-    model, facts = hub.build('small_saecnn', checkpoint=trained), hub.Facts()
+    model, facts = hub.build('small_saecnn', checkpoint=trained), hub.Facts(license='mit')
     hub.write_files(model, tmp_path / 'x', hub.render_card(model, 'me/x', facts), facts)
     assert contents(tmp_path / 'x') == contents(folder)
 
@@ -658,7 +658,7 @@ def test_shipped_weights_are_written_with_their_labels_and_card(tmp_path):
 )
 def test_full_disk_leaves_the_folder_as_it_was(model, folder, tmp_path, monkeypatch, error):
     out = tmp_path / 'x'
-    facts = hub.Facts()
+    facts = hub.Facts(license='mit')
     hub.write_files(model, out, hub.render_card(model, 'me/x', facts), facts)
 
     def full(*_args, **_kwargs):
@@ -685,6 +685,7 @@ def test_dry_run_on_a_disk_that_is_really_full(trained, tmp_path):
         'small_saecnn',
         '--checkpoint',
         str(trained),
+        '--license=mit',
         '--repo-id',
         'me/x',
         '--dry-run',
@@ -708,7 +709,9 @@ def test_dry_run_on_a_disk_that_is_really_full(trained, tmp_path):
 def test_files_are_not_written_over_a_file(model, tmp_path):
     (tmp_path / 'x').write_text('mine')
     with pytest.raises(UserError, match='is a file; name a new folder'):
-        hub.write_files(model, tmp_path / 'x', hub.render_card(model, 'me/x', hub.Facts()), hub.Facts())
+        hub.write_files(
+            model, tmp_path / 'x', hub.render_card(model, 'me/x', hub.Facts(license='mit')), hub.Facts(license='mit')
+        )
     assert (tmp_path / 'x').read_text() == 'mine'
 
 
@@ -762,7 +765,7 @@ def test_card_states_the_facts_and_its_metadata_holds_them(model, tmp_path):
 
 def test_card_takes_command_and_hyperparameters_from_a_table(model, tmp_path):
     (tmp_path / 'facts.yaml').write_text(
-        'training: {file: table.csv, row: {seed: 3}, command: how, hyperparameters: [epochs, amp]}'
+        'license: mit\ntraining: {file: table.csv, row: {seed: 3}, command: how, hyperparameters: [epochs, amp]}'
     )
     (tmp_path / 'table.csv').write_text(
         'model,seed,epochs,amp,how\nsmall_saecnn,2,5,,python two.py\nsmall_saecnn,3,7,,python three.py\n'
@@ -770,7 +773,9 @@ def test_card_takes_command_and_hyperparameters_from_a_table(model, tmp_path):
     text = hub.render_card(model, 'me/x', hub.load_facts(tmp_path / 'facts.yaml')).text
     assert 'python three.py' in text and '| epochs | 7 |' in text and 'amp' not in text and 'two.py' not in text
 
-    (tmp_path / 'facts.yaml').write_text('training: {file: table.csv, command: how, hyperparameters: [epochs]}')
+    (tmp_path / 'facts.yaml').write_text(
+        'license: mit\ntraining: {file: table.csv, command: how, hyperparameters: [epochs]}'
+    )
     with pytest.raises(UserError, match='2 rows of training'):
         hub.render_card(model, 'me/x', hub.load_facts(tmp_path / 'facts.yaml'))
 
@@ -802,7 +807,11 @@ def test_card_takes_command_and_hyperparameters_from_a_table(model, tmp_path):
         ('table.csv', 'other.csv', 'cannot read the results'),
         ('top1}', 'seeds}', "no column 'seeds'"),
         ('summary: A', 'summary: [A', 'is not YAML'),
-        ('license: mit', 'data_config: {mean: [0.5, 0.5]}', 'data_config does not suit small_saecnn: mean'),
+        (
+            'license: mit',
+            'license: mit\ndata_config: {mean: [0.5, 0.5]}',
+            'data_config does not suit small_saecnn: mean',
+        ),
         ('{epochs: 2, optimizer: SGD}', '[epochs]', 'training: hyperparameters must be a mapping'),
         ('  hyperparameters: {epochs: 2, optimizer: SGD}\n', '', 'training.hyperparameters: Field required'),
     ],
@@ -821,7 +830,7 @@ def test_wrong_facts_are_one_clear_line(model, tmp_path, old, new, says):
 
 def test_figures_may_stand_in_the_card_file_itself(model, tmp_path):
     (tmp_path / 'facts.yaml').write_text(
-        'results: [{metrics: {Top-1 accuracy: 91.5}, dataset: me/set, dataset_name: A set, split: test}]'
+        'license: mit\nresults: [{metrics: {Top-1 accuracy: 91.5}, dataset: me/set, dataset_name: A set, split: test}]'
     )
     card = hub.render_card(model, 'me/x', hub.load_facts(tmp_path / 'facts.yaml'))
     assert '| Top-1 accuracy | 91.5 |' in card.text and 'From' not in card.text
@@ -837,7 +846,7 @@ def test_config_has_the_number_of_classes_once_and_timm_takes_it_and_another(tmp
     given = timm.create_model('cifar_senetv2_resnet20', num_classes=7, sae_cardinality=2)
     save_file(given.state_dict(), tmp_path / 'w.safetensors')
     model = hub.build('cifar_senetv2_resnet20', checkpoint=tmp_path / 'w.safetensors', sae_cardinality=2)
-    config = written_config(model, tmp_path / 'x', hub.Facts())
+    config = written_config(model, tmp_path / 'x', hub.Facts(license='mit'))
     assert config['num_classes'] == 7 and 'num_classes' not in config['model_args']
     # transformers' TimmWrapper passes both
     timm.create_model(config['architecture'], num_classes=config['num_classes'], **config['model_args'])
@@ -849,9 +858,9 @@ def test_config_has_the_number_of_classes_once_and_timm_takes_it_and_another(tmp
 
 def test_classes_get_imagenets_names_only_where_the_facts_say_imagenet(tmp_path):
     model = timm.create_model('small_cnn', num_classes=1000)
-    assert 'label_names' not in written_config(model, tmp_path, hub.Facts())
-    config = written_config(model, tmp_path, hub.Facts(datasets=['imagenet-1k']))
+    assert 'label_names' not in written_config(model, tmp_path, hub.Facts(license='mit'))
+    config = written_config(model, tmp_path, hub.Facts(datasets=['imagenet-1k'], license='mit'))
     assert len(config['label_names']) == 1000
     assert 'tench' in config['label_descriptions'][config['label_names'][0]]
     with pytest.raises(UserError, match='2 labels were given for a model with 1000 classes'):
-        written_config(model, tmp_path, hub.Facts(labels=['a', 'b']))
+        written_config(model, tmp_path, hub.Facts(labels=['a', 'b'], license='mit'))

@@ -86,8 +86,8 @@ def reader(tmp_path_factory) -> Iterator[Interpreters]:
             state = timm.create_model(source.split('.')[0]).state_dict()
             server.add_repo(f'timm/{source}', {'model.safetensors': save(state)})
         model = timm.create_model('cifar_senetv2_resnet20')
-        card = hub.render_card(model, 'me/senetv2_resnet50.mine', hub.Facts())
-        hub.write_files(model, folder / 'mine', card, hub.Facts())
+        card = hub.render_card(model, 'me/senetv2_resnet50.mine', hub.Facts(license='mit'))
+        hub.write_files(model, folder / 'mine', card, hub.Facts(license='mit'))
         files = {name: (folder / 'mine' / name).read_bytes() for name in hub.FILES}
         server.add_repo('me/senetv2_resnet50.mine', files)
         kept = {name: value for name, value in os.environ.items() if not name.startswith(('HF_', 'HUGGING'))}

@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -39,6 +40,8 @@ class Checkpoint(NamedTuple):
     epoch: int | None = None
     best_acc1: float | None = None
     """Best test accuracy, %, as the file has it."""
+    arguments: Mapping[str, Any] = MappingProxyType({})
+    """What timm's train.py was called with, as far as the file has it."""
 
 
 def read_checkpoint(path: str | PathLike[str], ema: bool = False) -> Checkpoint:
@@ -79,6 +82,7 @@ def read_checkpoint(path: str | PathLike[str], ema: bool = False) -> Checkpoint:
         f'{layout}: {keys}{", the averaged weights" if ema else ""}',
         _number(content.get('epoch'), int),
         _number(content.get('best_acc1'), float),
+        _arguments(content.get('args')),
     )
 
 
@@ -177,6 +181,12 @@ def _number(value: object, kind: type[Number]) -> Number | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e9:
         return None
     return kind(value)
+
+
+def _arguments(value: object) -> Mapping[str, Any]:
+    """The arguments that timm's train.py records as a Namespace; without those that nobody set."""
+    given = vars(value) if isinstance(value, Namespace) else value if isinstance(value, Mapping) else {}
+    return {key: item for key, item in given.items() if isinstance(key, str) and item is not None}
 
 
 def convert_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:

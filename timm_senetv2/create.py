@@ -6,11 +6,13 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, get_type_hints
 
 import timm
 import torch
-from timm.models import get_deprecated_models, get_pretrained_cfg_value
+from timm.data import resolve_data_config
+from timm.models import get_deprecated_models, get_pretrained_cfg, get_pretrained_cfg_value
 from torch import nn
 
 from . import catalog
@@ -47,27 +49,36 @@ def known_name(name: str) -> str:
         UserError: There is none; proposes others.
     """
     known = catalog.names()
-    current = (get_deprecated_models().get(name) or name).partition('.')[0]
+    current = _current(name).partition('.')[0]
     if current in known:
         return current
     raise UserError(f'{printable(name)!r} is not one of our models{did_you_mean(name, known)}')
 
 
-def untrained(name: str, model_args: Mapping[str, Any]) -> nn.Module:
+def _current(name: str) -> str:
+    """The name in place of a deprecated one, with its tag."""
+    return get_deprecated_models().get(name) or name
+
+
+def untrained(
+    name: str, model_args: Mapping[str, Any], preprocessing: Mapping[str, Any] = MappingProxyType({})
+) -> nn.Module:
     """The model with fresh weights, from a fixed seed, and a config that says nothing of pretrained weights.
 
     Args:
         name: A model of this package.
         model_args: Options of the model, as `timm.create_model` takes them.
+        preprocessing: What of it differs from the model's own, under the names of timm's configs.
 
     Raises:
         UserError: An unknown model, or an option that it does not have or not with that value.
     """
     name = known_name(name)
     check_options(name, model_args)
+    overlay = dict(preprocessing, tag=None, license=None)  # only its owner can say the licence of other weights
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return timm.create_model(f'{name}.untrained', pretrained_cfg_overlay=dict(tag=None), **model_args)
+        return timm.create_model(f'{name}.untrained', pretrained_cfg_overlay=overlay, **model_args)
 
 
 def from_checkpoint(
@@ -75,25 +86,100 @@ def from_checkpoint(
 ) -> tuple[nn.Module, Checkpoint]:
     """A model of this package with the weights of a file, in eval mode, and what the file says of itself.
 
+    Options and preprocessing are those that timm's train.py recorded in the file, where it wrote it.
+
     Args:
-        name: A model of this package.
+        name: A model of this package. With a tag, it was trained from that tag, with its preprocessing.
         path: Any file that `read_checkpoint` reads.
         ema: Take the file's averaged weights.
         model_args: As for `untrained`. The number of classes is the file's where it is not given.
 
     Raises:
-        UserError: An unknown model or option, or a file that cannot be read or does not fit.
+        UserError: An unknown model, tag or option, a file that cannot be read or does not fit, or options other than
+            those that the model was trained with.
     """
-    name = known_name(name)
+    full_name, name = _current(name), known_name(name)
     check_options(name, model_args)
     checkpoint = read_checkpoint(path, ema)
+    model_args = {**_trained_options(name, checkpoint, model_args, printable(path)), **model_args}
     if 'num_classes' not in model_args:
         classifier = checkpoint.state_dict.get(f'{get_pretrained_cfg_value(name, "classifier")}.weight')
         if classifier is not None and classifier.ndim > 0:
             model_args = {**model_args, 'num_classes': len(classifier)}
-    model = untrained(name, model_args)
+    model = untrained(name, model_args, _trained_preprocessing(full_name, checkpoint, printable(path)))
     load_weights(model, checkpoint, os.fspath(path))
     return model.eval(), checkpoint
+
+
+def _trained_options(name: str, checkpoint: Checkpoint, model_args: Mapping[str, Any], shown: str) -> dict[str, Any]:
+    """The model's options that a file records, but for those whose value other options give.
+
+    Raises:
+        UserError: They cannot be those of the model, or contradict `model_args`.
+    """
+    recorded = checkpoint.arguments
+    trained = recorded.get('model')
+    if not isinstance(trained, str) or _current(trained).partition('.')[0] != name:
+        return {}  # the options of another architecture, or of none
+    options = recorded.get('model_kwargs') or {}
+    if not isinstance(options, Mapping):
+        raise UserError(f'{shown} records options that are none: {printable(options, limit=100)}')
+    options = {key: value for key, value in options.items() if key not in _NOT_OPTIONS}
+    for key, name_there in dict(in_chans='in_chans', global_pool='gp').items():
+        if name_there in recorded:
+            options.setdefault(key, recorded[name_there])
+    check_options(name, options, f'{shown} records options')
+    for key, value in options.items():
+        if model_args.get(key, value) != value and not key.endswith('_rate'):  # of what training drops
+            raise UserError(
+                f'{shown} was trained with {_shown({key: value})}, and --model-kwargs says '
+                f'{_shown({key: model_args[key]})}; leave it out'
+            )
+    return options
+
+
+def _trained_preprocessing(name: str, checkpoint: Checkpoint, shown: str) -> dict[str, Any]:
+    """What timm's train.py made of its images, as far as a name with a tag or the file says it.
+
+    Raises:
+        UserError: There is no such tag, or what the file says makes no sense.
+    """
+    recorded = checkpoint.arguments
+    trained = recorded.get('model')
+    if '.' in name:
+        base, _, tag = name.partition('.')
+        known = catalog.tags(base)
+        if tag not in (*known, 'untrained'):
+            raise UserError(f'{base} has no tag {printable(tag)!r}{did_you_mean(tag, known) or _one_of(known)}')
+    elif isinstance(trained, str) and timm.is_model(_current(trained).partition('.')[0]):
+        name = _current(trained)
+    else:
+        return {}
+    config = get_pretrained_cfg(name)
+    if config is None:  # a tag of another version of timm's
+        config = get_pretrained_cfg(name.partition('.')[0])
+    try:
+        found: dict[str, Any] = resolve_data_config(dict(recorded), pretrained_cfg=config.to_dict() if config else {})
+        sensible = (
+            all(type(side) is int and 0 < side <= 1 << 14 for side in found['input_size'])
+            and all(math.isfinite(value) for value in found['mean'])
+            and all(0 < value < math.inf for value in found['std'])
+            and 0 < found['crop_pct'] <= 1
+            and isinstance(found['interpolation'], str)
+            and isinstance(found['crop_mode'], str)
+        )
+    except (AssertionError, TypeError, ValueError):
+        sensible = False
+    if not sensible:
+        raise UserError(f'{shown} records preprocessing that makes no sense; save its state dict alone')
+    if config is not None and config.pool_size:
+        sizes = zip(config.pool_size, config.input_size[1:], found['input_size'][1:], strict=True)
+        found['pool_size'] = tuple(math.ceil(pool * new / old) for pool, old, new in sizes)
+    return found
+
+
+def _one_of(names: Sequence[str]) -> str:
+    return f'; it has {", ".join(names) or "none"}'
 
 
 def pretrained(name: str) -> nn.Module:

@@ -28,7 +28,7 @@ def folder(tmp_path_factory) -> Path:
     torch.save(model.state_dict(), folder / 'checkpoint.pth')
     labels = ['cat', 'dog', 'owl', 'yak']
     assert len(labels) == CLASSES
-    (folder / 'facts.yaml').write_text(f'labels: [{", ".join(labels)}]')
+    (folder / 'facts.yaml').write_text(f'labels: [{", ".join(labels)}]\nlicense: mit')
     push(folder, '--dry-run', folder / 'saved')
     noise = torch.randint(0, 256, (300, 260, 3), dtype=torch.uint8)
     image = Image.fromarray(noise.numpy()).resize((26, 30)).resize((260, 300))

@@ -49,6 +49,7 @@ def test_push_then_load_by_the_printed_line_then_load_offline(hub_server, proces
         'cifar_senetv2_resnet20',
         '--checkpoint',
         tmp_path / 'last.pth.tar',
+        '--license=mit',
         '--repo-id',
         'me/x.mine',
         '--private',
@@ -82,6 +83,7 @@ def test_failed_push_is_one_line_and_never_shows_the_token(hub_server, process, 
         'small_cnn',
         '--checkpoint',
         tmp_path / 'w.safetensors',
+        '--license=mit',
         '--repo-id',
     )
     # a Hub that repeats the token in its answer

@@ -175,7 +175,16 @@ def test_every_command_works_from_the_wheel_outside_any_clone(dist, environment,
 
     hub_server.tokens['hf_sentinel'] = 'write'
     hub = dict(HF_ENDPOINT=hub_server.url, HF_HOME=str(tmp_path / 'hf'), HF_HUB_DISABLE_XET='1', HF_TOKEN='hf_sentinel')
-    given = ('--model', 'cifar_senetv2_resnet20', '--checkpoint', 'out/model.safetensors', '--repo-id', 'me/x')
+    given = (
+        '--model',
+        'cifar_senetv2_resnet20',
+        '--checkpoint',
+        'out/model.safetensors',
+        '--repo-id',
+        'me/x',
+        '--license',
+        'mit',
+    )
     told = run(command, 'push', *given, cwd=away, **hub)
     assert told.splitlines()[-1] == "model = timm.create_model('hf-hub:me/x', pretrained=True)"
     assert 'model.safetensors' in hub_server.model('me/x').files()

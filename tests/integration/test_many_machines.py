@@ -197,7 +197,7 @@ def test_two_agents_go_on_after_a_worker_was_killed(write, start, tmp_path, hub_
     pushed = subprocess.run(
         [
             *(sys.executable, '-m', 'timm_senetv2', 'push', '--model', MODEL, '--repo-id', 'me/mine'),
-            *('--checkpoint', str(job.run / 'last.pth.tar')),
+            *('--checkpoint', str(job.run / 'last.pth.tar'), '--license', 'mit'),
         ],
         env=os.environ | hub,
         capture_output=True,

@@ -108,7 +108,7 @@ def test_train_py_distils_from_a_teacher_of_ours(data, tmp_path):
     checkpoint = (tmp_path / 'run' / 'last.pth.tar').rename(tmp_path / 'teacher.pth.tar')
     command(
         tmp_path,
-        *('push', '--model', NAME, '--checkpoint', checkpoint, '--repo-id', 'me/teacher'),
+        *('push', '--model', NAME, '--checkpoint', checkpoint, '--repo-id', 'me/teacher', '--license', 'mit'),
         *('--dry-run', tmp_path / 'teacher'),
     )
     teacher = ['--kd-model-name', f'local-dir:{tmp_path / "teacher"}', '--task-loss-weight', 0]

@@ -5,7 +5,9 @@
 
 Reads the SEANet authors' CIFAR-10 and CIFAR-100 files (https://github.com/akhilesh-pandey/SEANet-pytorch), files of
 unofficial PyTorch ports that store SaE as separate dense layers, checkpoints of timm's train.py, and plain state dicts.
-The number of classes is that of the file. Pickled code in a file is never run.
+The number of classes is that of the file. What timm's train.py recorded in it, options of the model and preprocessing,
+holds for the folder too; --model NAME.TAG says of another file which tag's preprocessing it was trained with. Pickled
+code in a file is never run.
 """
 
 from collections.abc import Sequence
@@ -31,6 +33,7 @@ def main(argv: Sequence[str]) -> None:
 
     from safetensors import SafetensorError
 
+    from ..catalog import config_of
     from ..checkpoints import save
     from ..create import from_checkpoint
     from ..errors import UserError, printable, why
@@ -50,5 +53,6 @@ def main(argv: Sequence[str]) -> None:
     if checkpoint.best_acc1 is not None:
         print(f'best accuracy in the file: {checkpoint.best_acc1:.2f} %')
     print(f'classes: {model.num_classes}')
+    print(f'preprocessing: {options.preprocessing(config_of(model))}')
     print(f'parameters: {sum(p.numel() for p in model.parameters()):,}')
-    print(f"wrote {args.out}; timm.create_model('local-dir:{args.out}', pretrained=True) loads it")
+    print(f'wrote {args.out}; timm.create_model({f"local-dir:{args.out}"!r}, pretrained=True) loads it')

@@ -1,7 +1,7 @@
 """Arguments that several subcommands take."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import UserError, printable
@@ -37,3 +37,10 @@ def model_kwargs(pairs: Sequence[str]) -> dict[str, Any]:
         raise UserError('--model-kwargs: a value is nested too deeply') from None
     given: dict[str, Any] = parsed.given
     return given
+
+
+def preprocessing(config: Mapping[str, Any]) -> str:
+    """What is done to an image, in one line, from timm's config of a model."""
+    size = 'x'.join(map(str, config['input_size']))
+    mean, std = (', '.join(f'{value:.4g}' for value in config[key]) for key in ('mean', 'std'))
+    return f'{size}, {config["interpolation"]}, crop {config["crop_pct"]:g}, mean {mean}, std {std}'

@@ -35,7 +35,12 @@ def main(argv: Sequence[str]) -> None:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog=f'{PROG} push', description=__doc__)
-    parser.add_argument('--model', required=True, help='model name, such as senetv2_resnet50')
+    parser.add_argument(
+        '--model',
+        required=True,
+        help='model name, such as senetv2_resnet50; a tag says whose preprocessing a checkpoint was trained with, if '
+        'the file does not say it',
+    )
     parser.add_argument(
         '--repo-id', required=True, metavar='OWNER/NAME', help='repository on the Hub; created if it is not there'
     )
@@ -53,6 +58,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     options.add_model_kwargs(parser)
     parser.add_argument(
         '--card', metavar='FILE', help='YAML file of facts for the model card (default: those of the tag, else none)'
+    )
+    parser.add_argument(
+        '--license',
+        metavar='ID',
+        help="licence of the weights, such as apache-2.0 (default: that of the card's facts, or of the tag)",
     )
     parser.add_argument(
         '--private',
@@ -78,9 +88,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def minutes(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
     if not 0 < value <= 60 * 24 * 7:
-        raise argparse.ArgumentTypeError('must be above 0, and at most a week')
+        raise argparse.ArgumentTypeError('must be above 0, and at most a week, in minutes')
     return value
 
 
@@ -174,15 +187,19 @@ def _push(args: argparse.Namespace) -> None:
     if args.num_classes is not None:
         model_args['num_classes'] = args.num_classes
     facts = hub.load_facts(args.card) if args.card is not None else hub.Facts()
+    if args.license is not None:
+        facts = hub.with_license(facts, args.license)
     temporary = tempfile.TemporaryDirectory()
     with temporary, _Watch(args.timeout * 60, temporary):
         model = hub.build(args.model, args.pretrained, args.checkpoint, args.ema, **model_args)
         if args.pretrained is not None and args.card is None:
             facts = hub.facts_of(config_of(model)['architecture'], args.pretrained)
+            facts = facts if args.license is None else hub.with_license(facts, args.license)
         card = hub.render_card(model, args.repo_id, facts)
         folder = Path(temporary.name) / 'files' if args.dry_run is None else args.dry_run
         hub.write_files(model, folder, card, facts)
         if args.dry_run is not None:
+            print(f'preprocessing: {options.preprocessing(config_of(model))}')
             print(f'wrote {", ".join(hub.FILES)} to {args.dry_run}')
             return
         pushed = hub.push(

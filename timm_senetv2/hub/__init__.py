@@ -10,7 +10,7 @@ the extra `hub`: pip install 'timm-senetv2[hub]'.
 """
 
 from .card import facts_of, render_card
-from .facts import Facts, load_facts
+from .facts import Facts, load_facts, with_license
 from .files import FILES, write_files
 from .upload import Pushed, check_target, load_line, push
 from .weights import build
@@ -26,5 +26,6 @@ __all__ = [
     'load_line',
     'push',
     'render_card',
+    'with_license',
     'write_files',
 ]

@@ -160,7 +160,7 @@ def render_card(model: nn.Module, repo_id: str, facts: Facts, cost: Profile | No
     )
     license = facts.license or cfg.get('license')
     if not license:
-        raise UserError(f'the card of {name} needs a license: give one among its facts')
+        raise UserError(f'the card of {name} needs a license: give it by --license, or among the facts of --card')
     data, test = data_configs(model, facts)
     metadata = ModelCardData(
         library_name='timm',

@@ -170,6 +170,18 @@ def load_facts(path: str | Path) -> Facts:
         raise UserError(f'{shown}: {_explain(e)}') from None
 
 
+def with_license(facts: Facts, license: str) -> Facts:
+    """The facts with another licence.
+
+    Raises:
+        UserError: It is not the id of one.
+    """
+    try:
+        return facts.model_copy(update=dict(license=Facts(license=license).license))
+    except ValidationError as e:
+        raise UserError(f'--license: {_explain(e)}') from None
+
+
 def _explain(error: ValidationError) -> str:
     """The first thing that is wrong; of what was tried for one value, the most precise."""
     found = error.errors()

@@ -26,7 +26,8 @@ def _labels(model: nn.Module, facts: Facts) -> dict[str, Any]:
     if not names:
         return {}
     if len(names) != classes_of(model):
-        raise UserError(f'{len(names)} labels were given for a model with {classes_of(model)} classes')
+        what = f'{len(names)} labels were given' if facts.labels else f'the weights have labels of {len(names)} classes'
+        raise UserError(f'{what} for a model with {classes_of(model)} classes; the facts may give it labels of its own')
     return dict(label_names=list(names))
 
 
@@ -38,10 +39,12 @@ def write_files(model: nn.Module, folder: str | Path, card: ModelCard, facts: Fa
     Raises:
         UserError: `folder` holds what this did not write, or cannot be written.
     """
-    labels = _labels(model, facts)
+    config = _labels(model, facts)
+    if facts.license is not None:
+        config['pretrained_cfg'] = dict(license=facts.license)
     try:
         with output_folder(folder, 'push') as new:
-            save(model, new, model_config=labels, data_config=data_config(facts))
+            save(model, new, model_config=config, data_config=data_config(facts))
             (new / 'README.md').write_text(str(card), encoding='utf-8', newline='\n')
     except (OSError, SafetensorError) as e:
         raise UserError(f'cannot write {printable(folder)}: {why(e)}') from None

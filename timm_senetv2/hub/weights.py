@@ -26,12 +26,13 @@ def build(
     The hidden units that a lift adds are initialised from a fixed seed, so that the same tag gives the same file.
 
     Args:
-        name: A model of timm_senetv2.
+        name: A model of timm_senetv2; with a tag, for a checkpoint that was trained from that tag.
         tag: Pretrained tag of timm's registry. Or:
         checkpoint: A checkpoint of timm's training script, one of the layouts that `read_checkpoint` knows, a state
             dict, or a safetensors file.
         ema: Take the checkpoint's averaged weights.
-        **model_args: For `timm.create_model`. The number of classes is the checkpoint's where it is not given.
+        **model_args: For `timm.create_model`. Where it is not given, the number of classes is the checkpoint's; options
+            and preprocessing are those that timm's train.py recorded in it.
 
     Raises:
         UserError: An unknown model or tag, or a file that cannot be read or does not fit; names the first such tensor.
@@ -39,7 +40,7 @@ def build(
     if (tag is None) == (checkpoint is None):
         raise UserError('give either a pretrained tag or a checkpoint')
     if checkpoint is not None:
-        return from_checkpoint(known_name(name), checkpoint, ema, model_args)[0]
+        return from_checkpoint(name, checkpoint, ema, model_args)[0]
     if ema:
         raise UserError('averaged (EMA) weights come from a checkpoint, a pretrained tag has none')
     name = known_name(name)
