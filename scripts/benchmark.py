@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for a package that is installed, and not as editable
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # for a package that is installed, and not as editable
 
 from experiments.benchmark import imports, report, suite, traffic  # noqa: E402
 from experiments.benchmark.contestants import (  # noqa: E402
@@ -33,7 +34,8 @@ Measure speed and memory of models and layers against baselines.
 In every round each contestant runs once, in an order that turns by one from round to round, so that whatever else the
 machine does falls on all of them. A ratio is the baseline's time over the contestant's in the same round: above 1 the
 contestant is faster. Printed and written are medians over the rounds and quartiles; the times of all rounds are in
-benchmark_NAME_rounds.csv. The files are complete after each setting: --resume goes on with a run that was stopped.
+benchmark_NAME_rounds.csv. What these files hold of other settings stays there. They are complete after each setting:
+--resume goes on with a run that was stopped.
 
 Every combination of --modes, --batch-sizes, --dtypes and --layouts is a setting, and all models run side by side in it.
 Without these options: inference at batch 8 in float32, NCHW; with --device cuda, bfloat16, channels-last, at batch 1,
@@ -67,7 +69,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar='PART',
         help='everything that results/ reports of the device, or some parts of it '
         f'(cpu: {", ".join(suite.suite("cpu"))}; cuda: {", ".join(suite.suite("cuda"))}); '
-        'of the other options only --device, --threads, --quick, --resume, --out and --name apply',
+        'of the other options only --device, --threads, --quick, --resume, --fresh, --out and --name apply',
     )
     parser.add_argument(
         '--imports',
@@ -115,16 +117,27 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         action='store_true',
         help='three rounds of small batches, to try the command; the figures mean little',
     )
-    parser.add_argument(
-        '--resume', action='store_true', help='keep what the files of this name hold, and measure what they lack'
+    keep = parser.add_mutually_exclusive_group()
+    keep.add_argument('--resume', action='store_true', help='measure only what the files of this name lack')
+    keep.add_argument(
+        '--fresh', action='store_true', help='drop what the files of this name hold, even if it is not measured again'
     )
-    parser.add_argument('--out', default='results', help='folder for the files (default: %(default)s)')
+    parser.add_argument(
+        '--out', type=Path, default=ROOT / 'results', help="folder for the files (default: this clone's results)"
+    )
     parser.add_argument(
         '--name',
         help='files are benchmark_NAME.csv, .md, .png, benchmark_NAME_rounds.csv and _kernels.csv '
-        '(default: the device with --suite, imports with --imports, traffic with --traffic, else custom)',
+        '(default: the device with --suite, imports with --imports, traffic with --traffic, else custom; '
+        'with --quick the same and _quick)',
     )
     args = parser.parse_args(argv)
+    if args.name is None:
+        args.name = 'imports' if args.imports else 'traffic' if args.traffic else 'custom'
+        if args.suite is not None:
+            args.name = args.device
+        if args.quick:  # else its figures would stand in results/ beside true ones
+            args.name += '_quick'
     if args.compile_mode != 'default' and not args.compile:
         parser.error('--compile-mode has a meaning with --compile only')
     return args
@@ -199,28 +212,30 @@ def main(argv: list[str] | None = None) -> None:
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise UserError('torch finds no CUDA device here; leave out --device cuda, or run where there is a GPU')
     words = sys.argv[1:] if argv is None else argv
-    command = shlex.join(['python', 'scripts/benchmark.py', *(word for word in words if word != '--resume')])
+    command = shlex.join(
+        ['python', 'scripts/benchmark.py', *(word for word in words if word not in ('--resume', '--fresh'))]
+    )
     if args.imports:
-        report.make_folder(Path(args.out))
-        path = Path(args.out, f'benchmark_{args.name or "imports"}.csv')
+        report.make_folder(args.out)
+        path = args.out / f'benchmark_{args.name}.csv'
         write_csv(path, imports.COLUMNS, imports.measure(3 if args.quick else args.rounds, command))
         print(f'{imports.table(path)}\n\nwrote {path}')
         return
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.traffic:
-        report.make_folder(Path(args.out))
-        path = Path(args.out, f'benchmark_{args.name or "traffic"}.csv')
+        report.make_folder(args.out)
+        path = args.out / f'benchmark_{args.name}.csv'
         write_csv(path, traffic.COLUMNS, traffic.measure_all(args.quick, command))
         print(f'wrote {path}')
         return
     torch.backends.cudnn.benchmark = True  # as timm's benchmark.py: the sizes never change
     experiments = chosen(args)
     whole = suite.suite(args.device, args.quick).values() if args.suite is not None else [experiments]
-    name = args.name or (args.device if args.suite is not None else 'custom')
-    files = report.Files(Path(args.out), name, [e.title for part in whole for e in part])
-    done = files.load() if args.resume else set()
-    experiments = [e for e in experiments if e.title not in done]
+    files = report.Files(args.out, args.name, [e.title for part in whole for e in part])
+    done = set() if args.fresh else files.load()
+    if args.resume:
+        experiments = [e for e in experiments if e.title not in done]
     for experiment in tqdm(experiments, desc='experiments', disable=len(experiments) == 1 or None):
         try:
             files.add(command, *suite.measure_experiment(experiment))

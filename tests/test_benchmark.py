@@ -278,6 +278,25 @@ def test_bad_input_costs_one_line_and_exit_code_2(arguments, message, tmp_path, 
     assert [p.name for p in tmp_path.iterdir()] == ['taken']
 
 
+@pytest.mark.parametrize('more', [[], ['--resume']])
+def test_measuring_one_setting_keeps_the_others_but_for_fresh(tmp_path, more):
+    def measure(batch: int, *more: str) -> list[tuple[str, str]]:  # batch and time of all rows
+        arguments = ['--models', *MODELS[:1], '--size', '32', '--rounds', '1', '--out', str(tmp_path)]
+        benchmark.main([*arguments, '--batch-sizes', str(batch), *more])
+        return sorted((row['batch'], row['ms']) for row in read_csv(tmp_path / 'benchmark_custom.csv'))
+
+    first, both = measure(1), measure(2, *more)
+    assert both[0] == first[0] and [batch for batch, _ in both] == ['1', '2']
+    again = measure(1)
+    assert again[1] == both[1] and len(again) == 2
+    assert [batch for batch, _ in measure(2, '--fresh')] == ['2']
+
+
+def test_quick_figures_go_to_files_of_their_own(tmp_path):
+    benchmark.main(['--models', *MODELS[:1], '--quick', '--out', str(tmp_path)])
+    assert (tmp_path / 'benchmark_custom_quick.csv').exists() and not (tmp_path / 'benchmark_custom.csv').exists()
+
+
 def test_files_of_another_version_are_not_resumed(tmp_path):
     (tmp_path / 'benchmark_custom.csv').write_text('experiment,contestant\na,b\n')
     with pytest.raises(UserError, match='its columns differ'):

@@ -84,7 +84,7 @@ class Files:
             path = self._path(f'{part}.csv')
             if not path.exists():
                 continue
-            mend = 'give another --name, or leave out --resume to replace it'
+            mend = 'give another --name, or replace it by --fresh'
             try:
                 with path.open(newline='', encoding='utf-8') as file:
                     reader = csv.DictReader(file)
