@@ -24,7 +24,7 @@ from timm_senetv2.errors import UserError, did_you_mean
 from timm_senetv2.lifting import BLOCK_CLASSES, SE_CLASSES
 from timm_senetv2.registration import MODEL_MODULES
 
-from .files import write_csv
+from .files import check_table, write_csv
 from .randomize import randomize
 
 TOLERANCE = 1e-5  # of a lift, in double: in single precision rounding alone is about as much in the deepest models
@@ -237,5 +237,6 @@ def write_table(table: Table, families: Iterable[str], out: Path) -> None:
     for family in families:
         if family not in table.families:
             raise UserError(f'there is no family {family!r}{did_you_mean(family, table.families)}')
+    check_table(out, table.columns)
     rows = [row for family in tqdm(families) for row in table.rows(family)]
     write_csv(out, table.columns, [{column: row.get(column, '') for column in table.columns} for row in rows])

@@ -70,6 +70,23 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, An
     write_text(path, text.getvalue())
 
 
+def check_table(path: Path, columns: Sequence[str]) -> None:
+    """Make sure that a table may be written: to a new file, or in place of one with the same columns.
+
+    Raises:
+        UserError: The file holds something else.
+    """
+    try:
+        with path.open(newline='', encoding='utf-8') as file:
+            found = next(csv.reader(file), [])
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, csv.Error):
+        found = []
+    if tuple(found) != tuple(columns):
+        raise UserError(f'{printable(path)} is not a table of this command; name a new file')
+
+
 def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows, without the optional columns in which none has a value."""
     used = [c for c in columns if c not in OPTIONAL or any(row.get(c) not in (None, '') for row in rows)]

@@ -136,7 +136,8 @@ def summary(device: str) -> str:
     if speeds:
         first = rows[0]
         caption += (
-            f' Speed is throughput in {first["runtime"]} inference ({first["machine"]}, {first["dtype"]}), as a ratio '
+            f' Speed is throughput in {first["runtime"]} inference ({first["machine"]}, {first["threads"]} threads, '
+            f'{first["dtype"]}, {first["layout"]}, batch {first["batch"]}), as a ratio '
             "to timm's model without attention and to timm's model with SE: above 1 is faster. Where nothing stands, "
             'nothing was measured.'
         )

@@ -91,43 +91,44 @@ def steps(device: str, quick: bool, out: Path, data: Sequence[str] = ()) -> list
             '--image-size', '8', '--crop-padding', '1', '--batch-size', '64', '--epochs', '10', '--seeds', *SEEDS,
         ),
         reproduce(
-            source, 'Q6: an SE network that has converged', 'fashion-mnist', ['cifar_seresnet20'],
+            source, 'an SE network that has converged', 'fashion-mnist', ['cifar_seresnet20'],
             *fmnist, '--epochs', '200', '--seeds', '0', '--save-weights',
         ),
         reproduce(
-            f'fmnist_continued{suffix}', 'Q6: what training on from it gives, lifted or not, and SaE from scratch',
+            f'fmnist_continued{suffix}', 'what training on from it gives, lifted or not, and SaE from scratch',
             'fashion-mnist', [*lifted, 'cifar_senetv2_resnet20@scratch:epochs=250'],
             *fmnist, '--epochs', '50', '--lr', '0.02', '--seeds', *SEEDS, *begin, '--save-weights',
         ),
         reproduce(
-            f'digits_from_fmnist{suffix}', 'Q6: the same on digits', 'digits',
+            f'digits_from_fmnist{suffix}', 'the same continuations on digits', 'digits',
             [*lifted, 'cifar_senetv2_resnet20'], '--image-size', '32', '--crop-padding', '2', '--epochs', '50',
             '--lr', '0.02', '--seeds', *SEEDS, *begin,
         ),
         reproduce(
-            f'fmnist_100_a_class{suffix}', 'Q6: the same with 100 images a class', 'fashion-mnist',
+            f'fmnist_100_a_class{suffix}', 'the same continuations with 100 images a class', 'fashion-mnist',
             [*lifted, 'cifar_senetv2_resnet20'], *fmnist, '--per-class', '100', '--epochs', '100', '--lr', '0.02',
             '--seeds', *SEEDS, *begin,
         ),
         reproduce(
-            f'fmnist_fresh_lr{suffix}', 'Q7, Q8: the learning rate of the units that a lift adds', 'fashion-mnist',
+            f'fmnist_fresh_lr{suffix}', 'the learning rate of the units that a lift adds', 'fashion-mnist',
             ['cifar_senetv2_resnet20@lift:fresh_lr=1|10', 'cifar_senetv2_resnet20@lift:attention_lr=10'],
             *fmnist, '--epochs', '50', '--lr', '0.02', '--seeds', *SEEDS, *begin, '--save-weights',
         ),
         reproduce(
-            f'fmnist_200{suffix}', 'Q9: longer training, and larger networks', 'fashion-mnist',
+            f'fmnist_200{suffix}', 'longer training, and larger networks', 'fashion-mnist',
             [*TRIO, 'cifar_resnet56', 'cifar_seresnet56', 'cifar_senetv2_resnet56', 'seanet20'],
             *fmnist, '--epochs', '200', '--seeds', *SEEDS,
         ),
         compare(
-            f'fmnist_kinds{suffix}', 'Q10: beside other kinds of networks', 'fashion-mnist',
+            f'fmnist_kinds{suffix}', 'beside other kinds of networks', 'fashion-mnist',
             '--crop-padding', '2', '--batch-size', '128', '--epochs', '50', '--seeds', *SEEDS,
         ),
     ]  # fmt: skip
     if not quick:
         found.append(
             compare(
-                f'cifar100_kinds{suffix}', 'Q10 on CIFAR-100', 'cifar100', '--epochs', '100', '--seeds', *SEEDS[:3]
+                f'cifar100_kinds{suffix}', 'other kinds of networks on CIFAR-100', 'cifar100',
+                '--epochs', '100', '--seeds', *SEEDS[:3],
             )
         )  # fmt: skip
     return found

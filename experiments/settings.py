@@ -172,6 +172,8 @@ def _literal(text: str) -> Any:
 
 def _check_start_option(word: str, start: str, key: str, value: Any) -> None:
     known = STARTS[start]
+    if not known:
+        raise UserError(f'{word!r}: @{start} takes no options, got {key!r}')
     if key not in known:
         raise UserError(f'{word!r}: @{start} takes {", ".join(known)}, got {key!r}{did_you_mean(key, known)}')
     bound = known[key]

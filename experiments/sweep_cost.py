@@ -25,7 +25,7 @@ from timm_senetv2.errors import UserError
 from timm_senetv2.files import write_atomically
 
 from .benchmark.timing import machine
-from .files import read_results
+from .files import check_table, read_results
 from .grid import Executor, Job, Made, one_after_the_other, reproduce
 from .ray_executor import LOCAL, on_ray
 from .settings import PROTOCOLS, Settings
@@ -69,8 +69,9 @@ def write_costs(out: Path, runs: int, rounds: int) -> None:
     """Measure each way so many times, in turn, and write the table.
 
     Raises:
-        UserError: The rows of two ways differ; nothing was written.
+        UserError: The rows of two ways differ, or the file is another table; nothing was written.
     """
+    check_table(out, COLUMNS)
     torch.set_num_threads(1)
     cores = os.cpu_count() or 1
     ways: dict[tuple[str, int], Executor] = {('without Ray', 1): one_after_the_other}

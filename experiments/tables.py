@@ -37,6 +37,7 @@ def caption(rows: list[Row], baseline: str) -> str:
     size = f', images of {row["image_size"]} pixels' if row['image_size'] else ''
     limit = f', {row["limit"]} training and test images' if row['limit'] else ''
     few = f', {row["per_class"]} training images of each class, others for each seed' if row.get('per_class') else ''
+    epochs = f'{row["epochs"]} epoch{"" if str(row["epochs"]) == "1" else "s"}'
     passes = f' of {row["epoch_repeats"]} passes over the training images' if row.get('epoch_repeats') else ''
     starts = ''
     if any('@' in row['model'] for row in rows):
@@ -48,7 +49,7 @@ def caption(rows: list[Row], baseline: str) -> str:
         )
     return (
         f'{row["dataset"]}{limit}{few}{size}, protocol {row["protocol"]}: {row["opt"]}, lr {row["lr"]}, weight decay '
-        f'{row["weight_decay"]}, batch {row["batch_size"]}, {row["epochs"]} epochs{passes}.{starts} Accuracy on the '
+        f'{row["weight_decay"]}, batch {row["batch_size"]}, {epochs}{passes}.{starts} Accuracy on the '
         f'test images after the last epoch, mean ± standard deviation over seeds; the best epoch is chosen on the test '
         f'images, hence optimistic. Difference: to `{baseline}` after the last epoch, paired by seed, with its 95 % '
         f'interval (Student t), or of other seeds and then marked as unpaired (Welch).\n'

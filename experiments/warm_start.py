@@ -18,17 +18,17 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import SEModule, SqueezeExcite
-from timm.models import save_for_hf
 from torch import nn
 
 from timm_senetv2 import SqueezeAggregatedExcitation, catalog
+from timm_senetv2.checkpoints import save as save_weights
 from timm_senetv2.create import check_options, why_not_built
 from timm_senetv2.errors import UserError, one_line, printable
+from timm_senetv2.lifting import SE_CLASSES
 
 from .settings import ModelSpec
 
-ATTENTION = (SqueezeAggregatedExcitation, SEModule, SqueezeExcite)
+ATTENTION = (SqueezeAggregatedExcitation, *SE_CLASSES)
 
 
 @dataclass(frozen=True)
@@ -276,10 +276,9 @@ def save(model: nn.Module, folder: Path, classes: tuple[str, ...], data_config: 
 
     A model with attention added is of no name in timm: build it and add the attention again before loading the weights.
     """
-    save_for_hf(
+    save_weights(
         model.to(memory_format=torch.contiguous_format),
-        str(folder),
+        folder,
         model_config=dict(label_names=list(classes), pretrained_cfg=dict(tag='trained')),
-        safe_serialization=True,
         data_config=data_config,
     )

@@ -24,7 +24,7 @@ from experiments.benchmark.contestants import (  # noqa: E402
     create,
 )
 from experiments.benchmark.engines import ENGINES, require_engine  # noqa: E402
-from experiments.files import write_csv  # noqa: E402
+from experiments.files import check_table, write_csv  # noqa: E402
 from timm_senetv2.commands import Parser  # noqa: E402
 from timm_senetv2.errors import UserError, run  # noqa: E402
 
@@ -218,6 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.imports:
         report.make_folder(args.out)
         path = args.out / f'benchmark_{args.name}.csv'
+        check_table(path, imports.COLUMNS)
         write_csv(path, imports.COLUMNS, imports.measure(3 if args.quick else args.rounds, command))
         print(f'{imports.table(path)}\n\nwrote {path}')
         return
@@ -226,6 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.traffic:
         report.make_folder(args.out)
         path = args.out / f'benchmark_{args.name}.csv'
+        check_table(path, traffic.COLUMNS)
         write_csv(path, traffic.COLUMNS, traffic.measure_all(args.quick, command))
         print(f'wrote {path}')
         return

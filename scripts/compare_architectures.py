@@ -7,9 +7,9 @@ in place of 32 where timm has the option, patches of an eighth of the image. --l
 is AdamW, which all of them train with: lr 0.001, weight decay 0.05, cosine, label smoothing 0.1, batch 128.
 
 Whatever this script has no option for goes to reproduce.py (`python scripts/reproduce.py --help`), and may change what
-stands above: --models more of them, --opt, --lr, --data-dir, --limit, --amp, --device. The folder --out is one of
-reproduce.py, with step_times.csv and accuracy_vs_cost.png: accuracy against parameters, multiply-adds and the time of a
-training step. Time steps on a machine that does nothing else: run the finished command again.
+stands above: --opt, --lr, --data-dir, --limit, --amp, --device. The folder --out is one of reproduce.py, with
+step_times.csv and accuracy_vs_cost.png: accuracy against parameters, multiply-adds and the time of a training step.
+Time steps on a machine that does nothing else: run the finished command again.
 """
 
 import argparse

@@ -78,3 +78,10 @@ def test_published_table_is_of_this_command(table):
         assert all(row['equal_in_inference'] == row['equal_in_training'] == 'yes' for row in rows if row['compared'])
     else:
         assert all(float(row['max_difference_float64']) <= families.TOLERANCE for row in rows if row['compared'])
+
+
+def test_file_of_the_user_is_kept(tmp_path, capsys):
+    (tmp_path / 'mine.csv').write_text('name,score\nme,1\n')
+    assert call('lift', '--family', 'vgg', '--out', tmp_path / 'mine.csv') == 2
+    assert 'is not a table of this command' in capsys.readouterr().err
+    assert (tmp_path / 'mine.csv').read_text() == 'name,score\nme,1\n'

@@ -306,6 +306,15 @@ def test_what_cannot_be_measured_is_said():
         measure(timm.create_model('small_saecnn', features_only=True), [(x, y)], 'ab')
 
 
+def test_layer_that_is_called_twice_in_a_pass_is_refused():
+    model = timm.create_model('small_saecnn')
+    layer = dict(model.named_modules())['layer1.se']
+    forward = layer.forward
+    layer.forward = lambda x: forward(forward(x))
+    with pytest.raises(ValueError, match='layer1.se is called twice for an image'):
+        measure(model, [(torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.long))], 'ab')
+
+
 def test_one_class_and_one_image_a_class_leave_out_what_they_cannot_say():
     model = timm.create_model('small_saecnn')
     one = measure(model, batches(1, 6), 'a')

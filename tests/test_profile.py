@@ -20,6 +20,14 @@ def test_count_of_a_convolution_and_a_linear_layer_by_hand():
     assert model.training
 
 
+def test_each_module_keeps_its_mode():
+    model = timm.create_model('small_saecnn', device='meta').train()
+    frozen = next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)).eval()
+    before = [m.training for m in model.modules()]
+    count(model, (3, 32, 32))
+    assert [m.training for m in model.modules()] == before and not frozen.training
+
+
 @pytest.mark.parametrize('name, params', [('resnet50', 25.6), ('seresnet50', 28.1)])
 def test_count_agrees_with_timms_model_cards(name, params):
     profile = count(timm.create_model(name, device='meta'), (3, 224, 224))

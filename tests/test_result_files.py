@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as bounds
 from hypothesis import strategies as st
 
-from experiments.files import CURVES, RESULTS, read_results, read_rows, write_rows
+from experiments.files import CURVES, RESULTS, check_table, read_results, read_rows, write_csv, write_rows
 from experiments.settings import (
     Settings,
     make_settings,
@@ -171,3 +171,18 @@ def test_every_committed_run_has_the_name_and_the_parameters_of_its_model_seed_a
             assert built[spec] == int(row['parameters'])
             count += 1
     assert count >= 200
+
+
+@pytest.mark.parametrize('mine', ['name,score\nme,1\n', '', 'a thesis\n', '\0\xff'])
+def test_table_of_others_is_not_replaced(tmp_path, mine):
+    (tmp_path / 'mine.csv').write_text(mine, encoding='latin-1')
+    with pytest.raises(UserError, match='mine.csv is not a table of this command; name a new file'):
+        check_table(tmp_path / 'mine.csv', ('family', 'models'))
+    check_table(tmp_path / 'new.csv', ('family', 'models'))
+    write_csv(tmp_path / 'new.csv', ('family', 'models'), [dict(family='a', models=1)])
+    check_table(tmp_path / 'new.csv', ('family', 'models'))
+
+
+def test_option_of_a_start_without_options_is_one_line():
+    with pytest.raises(UserError, match="@keep takes no options, got 'lr'"):
+        parse_specs('cifar_resnet20@keep:lr=1')

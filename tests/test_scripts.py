@@ -37,7 +37,7 @@ REPRODUCE = ('--dataset', 'digits', '--out', 'new', '--models')
         ('benchmark', ['--models', 'senetv2_resnet05'], "'senetv2_resnet05'; did you mean senetv2_resnet50"),
         ('benchmark', ['--compile-mode', 'max-autotune'], 'has a meaning with --compile only; '),
         ('benchmark', ['--size', '0'], 'is not a whole number above zero'),
-        ('benchmark', ['--models', 'small_cnn', '--resume'], 'benchmark_custom.csv'),
+        ('benchmark', ['--models', 'small_cnn', '--out', 'results'], 'benchmark_custom.csv'),
         ('families', ['lfit'], "invalid choice: 'lfit'"),
         ('on_gpu', ['--devise', 'cpu'], 'unrecognized arguments: --devise'),
         ('compare_architectures', ['--image-size', 'x'], "invalid int value: 'x'"),

@@ -58,7 +58,7 @@ def why(error: BaseException) -> str:
 
 
 class Stream:
-    """A text stream that may be closed by who reads it, as `| head -1` does: what is left to say is then dropped.
+    """A text stream whose reader may close it, as `| head -1` does: what is left to say is then dropped.
 
     A run that has worked for hours must not end because nobody reads its progress.
     """

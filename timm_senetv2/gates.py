@@ -26,6 +26,7 @@ from torch import nn
 from torchvision.ops import SqueezeExcitation  # type: ignore[import-untyped]
 
 from .layers import SqueezeAggregatedExcitation
+from .profile import evaluating
 
 NEAR = 0.05  # a gate is near 0 or 1 when it is closer than this
 CONSTANT = 0.01  # a channel is constant when the standard deviation of its gate over the images is below this
@@ -396,6 +397,12 @@ class _Reader:
         self.gates: dict[str, _Gates] = {}  # in the order of the calls
         self.units: dict[str, _Units] = {}
         self.labels = torch.empty(0, dtype=torch.long)
+        self._called: set[str] = set()
+
+    def begin(self, labels: torch.Tensor) -> None:
+        """The labels, (N,), of the images that the model is given next."""
+        self.labels = labels.cpu()
+        self._called.clear()
 
     def __enter__(self) -> '_Reader':
         self._stack = contextlib.ExitStack()
@@ -410,6 +417,9 @@ class _Reader:
         self._stack.close()
 
     def _read_gates(self, layer: Attention, output: torch.Tensor) -> None:
+        if layer.name in self._called:
+            raise ValueError(f'{layer.name} is called twice for an image, and has no one gate for it')
+        self._called.add(layer.name)
         gates = self._rows(layer, output)
         if layer.name not in self.gates:
             self.gates[layer.name] = _Gates(self.classes, gates.shape[1])
@@ -444,19 +454,6 @@ def _bind(
     return lambda _module, _inputs, output: read(layer, output)
 
 
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode without autograd; each module has its own mode again afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 # ---- the measurement
 
 
@@ -485,22 +482,23 @@ def measure(
         progress: Wraps the loader of each of the two rounds, given with a word on what is done; such as tqdm.
 
     Raises:
-        ValueError: A model without attention, or whose layers do not give one gate for each image and channel; fewer
-            than two images; class indices or outputs out of range; outputs or gates that are not finite.
+        ValueError: A model without attention, or whose layers do not give one gate for each image and channel, such as
+            one that is called twice in a pass; fewer than two images; class indices or outputs out of range; outputs or
+            gates that are not finite.
     """
     layers = attention_layers(model)
     if outputs is not None and len(outputs) != len(classes):
         raise ValueError(f'outputs must be one for each of the {len(classes)} classes, got {len(outputs)}')
     right = None if outputs is None else torch.tensor(list(outputs), dtype=torch.long)
 
-    with _evaluating(model):
+    with evaluating(model):
         reader, correct = _Reader(layers, len(classes)), 0
         with reader:
             for images, labels in progress(loader, 'gates'):
                 if not len(labels):
                     continue
                 _check_labels(labels, len(classes))
-                reader.labels = labels.cpu()
+                reader.begin(labels)
                 out = _outputs(model, images)
                 if right is not None:
                     _check_outputs(right, out)

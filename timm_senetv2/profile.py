@@ -1,7 +1,8 @@
 """What a model costs on paper: parameters, multiply-adds, activations."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,19 @@ class Profile(NamedTuple):
     activations: int
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode without autograd; each module has its own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def _output_elements(*_args: Any, out_shape: Sequence[int], **_kwargs: Any) -> int:
     return math.prod(out_shape)
 
@@ -31,20 +45,15 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> Profile:
     a ResNet-50. A model on the meta device costs no memory and no time.
 
     Args:
-        model: Any model; its mode is restored.
+        model: Any model; each of its modules has its own mode again afterwards.
         input_size: Channels, height, width of the image.
     """
     weight = next(model.parameters())
     image = torch.empty(1, *input_size, device=weight.device, dtype=weight.dtype)
     flops = FlopCounterMode(display=False)
     elements = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(_MATRIX_OPS, _output_elements))
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), flops, elements:
-            model(image)
-    finally:
-        model.train(training)
+    with evaluating(model), flops, elements:
+        model(image)
     return Profile(
         params=sum(p.numel() for p in model.parameters()),
         macs=flops.get_total_flops() // 2,

@@ -31,7 +31,10 @@ class Source(NamedTuple):
 
     @property
     def datasets(self) -> list[str]:
-        """What it was trained on, by timm's tags: ImageNet-1k at last, and ImageNet-12k before where the tag says."""
+        """The data sets on the Hub that it was trained on, by timm's tags: ImageNet-1k at last, ImageNet-12k before.
+
+        Some tags (`fb_swsl_ig1b`, `fb_ssl_yfcc100m`) saw images before that are no data set there.
+        """
         more = ['timm/imagenet-12k-wds'] if 'in12k' in self.hub_id.partition('.')[2].split('_') else []
         return ['imagenet-1k', *more]
 
