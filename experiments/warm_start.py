@@ -279,6 +279,6 @@ def save(model: nn.Module, folder: Path, classes: tuple[str, ...], data_config: 
     save_weights(
         model.to(memory_format=torch.contiguous_format),
         folder,
-        model_config=dict(label_names=list(classes), pretrained_cfg=dict(tag='trained')),
+        model_config=dict(label_names=list(classes), pretrained_cfg=dict(tag='trained', license=None)),
         data_config=data_config,
     )

@@ -27,7 +27,7 @@ def test_every_command_is_understood(device, quick, monkeypatch):
         script, *arguments = step.command
         if script == 'scripts/benchmark.py':
             args = benchmark.parse_args(arguments)
-            assert (args.device, args.quick, args.out) == (device, quick, 'results')
+            assert (args.device, args.quick, args.out) == (device, quick, Path('results'))
         elif script in ('scripts/reproduce.py', 'scripts/compare_architectures.py'):
             if script != 'scripts/reproduce.py':
                 own, arguments = compare_architectures.parse_args(arguments)

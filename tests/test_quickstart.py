@@ -1,4 +1,5 @@
 import csv
+import json
 import os
 import shutil
 import signal
@@ -71,6 +72,8 @@ def test_saved_model_has_the_accuracy_the_table_says(digits_run):
     out, _ = digits_run
     model = timm.create_model(f'local-dir:{out / "small_cnn"}', pretrained=True).eval()
     assert model.pretrained_cfg['label_names'] == [str(i) for i in range(10)]
+    assert not model.pretrained_cfg.get('license')  # nobody has said it
+    assert 'num_classes' not in json.loads((out / 'small_cnn' / 'config.json').read_text()).get('model_args', {})
     transform = create_transform(**resolve_model_data_config(model))
     test = load_dataset('digits').test
     with torch.inference_mode():
