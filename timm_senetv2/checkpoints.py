@@ -118,8 +118,8 @@ def save(model: nn.Module, folder: Path, **kwargs: Any) -> None:
     """timm's `save_for_hf`, in safetensors, and so that transformers loads it too.
 
     timm 1.0.31 records `num_classes` among the model's arguments as well as beside them, and transformers' TimmWrapper
-    passes both to `create_model`, which refuses that. timm itself takes the one beside them. What `model_config` sets to
-    None in `pretrained_cfg` is left out.
+    passes both to `create_model`, which refuses that. timm itself takes the one beside them. What
+    `model_config` sets to None in `pretrained_cfg` is left out.
     """
     save_for_hf(model, str(folder), safe_serialization=True, **kwargs)
     path = folder / 'config.json'
