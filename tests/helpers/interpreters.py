@@ -20,8 +20,10 @@ from types import ModuleType
 class Interpreters:
     """Starts the program above, and ends it: a context manager."""
 
-    def __init__(self, *modules: str, env: Mapping[str, str] | None = None) -> None:
-        self.command = [sys.executable, __file__, *modules]
+    def __init__(
+        self, *modules: str, env: Mapping[str, str] | None = None, python: Path | str = sys.executable
+    ) -> None:
+        self.command = [str(python), __file__, *modules]
         self.env = dict(env or os.environ)
 
     def __enter__(self) -> 'Interpreters':
