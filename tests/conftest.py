@@ -20,6 +20,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else nanobind reports all of triton as leaked
+
+
 @pytest.fixture(autouse=True)
 def environment_stays() -> Iterator[None]:
     """Fail a test that leaves PYTHONPATH and the like to the tests after it."""
