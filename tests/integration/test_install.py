@@ -274,7 +274,7 @@ def test_every_registration_case_holds_for_an_installed_package(kind, dist, envi
     environment.install(dist[kind])
     tests = tmp_path / 'tests'
     tests.mkdir()
-    for name in ('test_registration.py', 'conftest.py', 'helpers/hub_server.py'):
+    for name in ('test_registration.py', 'conftest.py', 'helpers/hub_server.py', 'helpers/interpreters.py'):
         shutil.copy(ROOT / 'tests' / name, tests)
     output = run(environment.python, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', tests, cwd=tmp_path)
     assert ' passed' in output.splitlines()[-1] and 'failed' not in output and 'skipped' not in output
