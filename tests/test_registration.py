@@ -107,6 +107,15 @@ LATE = """
 
 
 def test_explicit_import_registers_where_autoload_is_off(tmp_path):
+    code = "import os, timm_senetv2_autoload\nos.environ['TIMM_SENETV2_AUTOLOAD'] = '0'\n"
+    call = 'timm_senetv2_autoload.autoload()\n'  # as torch does
+    stdout, stderr = fresh(NO_FINDER + code + call + textwrap.dedent(LATE), cwd=tmp_path)
+    assert stdout.split('\n') == ['0 False', f'{COUNT} True']
+    assert 'Warning' not in stderr
+
+
+@pytest.mark.slow
+def test_explicit_import_registers_where_autoload_is_off_from_a_cold_start(tmp_path):
     stdout, stderr = fresh(LATE, cwd=tmp_path, TIMM_SENETV2_AUTOLOAD='0')
     assert stdout.split('\n') == ['0 False', f'{COUNT} True']
     assert 'Warning' not in stderr
