@@ -27,6 +27,11 @@ def small(block=Bottleneck, **kwargs) -> nn.Module:
     return timm.models.resnet.ResNet(block, **dict(SMALL, **kwargs))
 
 
+def small_of_torchvision(**kwargs) -> nn.Module:
+    """torchvision's resnet50 of a few blocks, one of them with an identity shortcut."""
+    return torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [2, 1, 1, 1], num_classes=10, **kwargs)
+
+
 MODELS = {
     'resnet18': lambda: timm.create_model('resnet18', num_classes=10),
     'd': lambda: small(stem_type='deep', stem_width=32, avg_down=True),
@@ -43,8 +48,8 @@ MODELS = {
     'cifar': lambda: timm.create_model('cifar_resnet20'),
     'features': lambda: timm.create_model('resnet18', features_only=True, out_indices=(4,)),
     'torchvision resnet18': lambda: torchvision.models.resnet18(num_classes=10),
-    'torchvision resnet50': lambda: torchvision.models.resnet50(num_classes=10),
-    'torchvision resnext50': lambda: torchvision.models.resnext50_32x4d(num_classes=10),
+    'torchvision resnet50': lambda: small_of_torchvision(),
+    'torchvision resnext50': lambda: small_of_torchvision(groups=32, width_per_group=4),
 }
 
 

@@ -92,7 +92,10 @@ def test_compiled_models_are_measured_at_every_size_in_one_process(tmp_path):
     assert {(row['runtime'], row['batch']) for row in rows} == {('compiled', '1'), ('compiled', '2')}
 
 
-@pytest.mark.parametrize('engine', ENGINES)
+# AOTInductor compiles C++, which takes four times as long as the other engines together
+@pytest.mark.parametrize(
+    'engine', [pytest.param(name, marks=[pytest.mark.slow] if name == 'aot-inductor' else []) for name in ENGINES]
+)
 def test_engines_run_the_exported_model(engine):
     """An engine computes what the model computes."""
     try:
@@ -331,6 +334,32 @@ def test_suite_writes_a_table_an_experiment_and_the_speed_of_all_models(tmp_path
     assert line.endswith(f'| {ratio:.3f} |')
 
 
+def test_registration_takes_a_part_of_an_import_in_a_fresh_interpreter():
+    imported, registered = imports.sample('torch')
+    assert 0 < registered < imported
+
+
+def test_medians_of_registration_are_written_and_shown(tmp_path, monkeypatch, capsys):
+    seconds = {
+        'torch': [(9, 9), (2, 0.002), (4, 0.001)],
+        'timm': [(9, 9), (3, 0.02), (5, 0.01)],
+    }  # the first is untimed
+    monkeypatch.setattr(imports, 'sample', lambda module: seconds[module].pop(0))
+    benchmark.main(['--imports', '--rounds', '2', '--out', str(tmp_path / 'new')])
+    assert seconds == {'torch': [], 'timm': []}
+    rows = read_csv(tmp_path / 'new' / 'benchmark_imports.csv')
+    assert [(row['module'], row['round'], float(row['import_ms']), float(row['registration_ms'])) for row in rows] == [
+        ('torch', '0', 2000, 2),
+        ('timm', '0', 3000, 20),
+        ('torch', '1', 4000, 1),
+        ('timm', '1', 5000, 10),
+    ]
+    shown = capsys.readouterr().out
+    assert '| `import torch` | 1.5 (1.25–1.75) | 3000 (2500–3500) |' in shown
+    assert '| `import timm` | 15 (12.5–17.5) | 4000 (3500–4500) |' in shown
+
+
+@pytest.mark.slow
 def test_registration_is_measured_in_fresh_interpreters(tmp_path, capsys):
     benchmark.main(['--imports', '--rounds', '2', '--out', str(tmp_path / 'new')])
     shown = capsys.readouterr().out.splitlines()

@@ -547,9 +547,21 @@ _NOT_IN_TRAINING = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('context', [torch.no_grad, torch.enable_grad], ids=['no_grad', 'grad'])
+@pytest.mark.parametrize(
+    'name, context',
+    [
+        # it traces a graph, which takes longer than all other transforms together
+        pytest.param(
+            name,
+            context,
+            marks=[pytest.mark.slow] if (name, mode) == ('linearize', 'no_grad') else [],
+            id=f'{name}-{mode}',
+        )
+        for name in TRANSFORMS
+        for mode, context in (('no_grad', torch.no_grad), ('grad', torch.enable_grad))
+    ],
+)
 @both_modes
-@pytest.mark.parametrize('name', TRANSFORMS)
 @both_blocks
 def test_function_transforms(cls, name, training, context):
     def transform(block, x):

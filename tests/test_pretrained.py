@@ -36,7 +36,7 @@ SOURCES = [source for kind, rows in ROWS.items() for source in sources(kind, row
 ARCHITECTURES = dict(sorted((model, source.split('.')[0]) for kind, model, source in SOURCES if kind == 'se'))
 PLAIN = dict(sorted((model, source.split('.')[0]) for kind, model, source in SOURCES if kind == 'plain'))
 QUICK = ('senetv2_resnet50', 'senextv2_26t_32x4d')
-QUICK_PLAIN = ('senetv2_resnet18', 'senetv2_resnet50')
+QUICK_PLAIN = (('senetv2_resnet18', {}), ('senetv2_resnet50', dict(layers=(2, 1, 1, 2))))
 
 
 def tag(kind: str, model: str, source: str) -> str:
@@ -216,11 +216,15 @@ def loss_of_a_training_step(model: torch.nn.Module, x: torch.Tensor) -> torch.Te
 
 
 @pytest.mark.parametrize(
-    'model', [pytest.param(model, marks=() if model in QUICK_PLAIN else pytest.mark.slow) for model in PLAIN]
+    'model, options',
+    [
+        *QUICK_PLAIN,
+        *(pytest.param(model, {}, marks=pytest.mark.slow) for model in PLAIN if (model, {}) not in QUICK_PLAIN),
+    ],
 )
-def test_plain_source_with_idle_attention_computes_the_same(model, tmp_path):
-    source = plain_source(PLAIN[model])
-    ours = from_plain(model, saved(source, tmp_path)).eval()
+def test_plain_source_with_idle_attention_computes_the_same(model, options, tmp_path):
+    source = plain_source(PLAIN[model], **options)
+    ours = from_plain(model, saved(source, tmp_path), **options).eval()
     theirs = with_timms_blocks(ours)
     x = images(2, 64)
     with torch.no_grad():

@@ -84,7 +84,13 @@ def test_saved_model_has_the_accuracy_the_table_says(digits_run):
     )  # one image of 450: another batch size rounds otherwise
 
 
-def test_same_seed_gives_the_same_result_whatever_else_is_trained(folder, tmp_path):
+@pytest.fixture
+def no_picture(monkeypatch):
+    """Leave out the picture, which takes longer than an epoch."""
+    monkeypatch.setattr('experiments.quickstart.plot_quickstart', lambda *_: b'')
+
+
+def test_same_seed_gives_the_same_result_whatever_else_is_trained(folder, tmp_path, no_picture):
     args = ['--dataset', str(folder), '--epochs', '1', '--out']
     quickstart.main([*args, str(tmp_path / 'a'), '--models', 'small_saecnn'])
     quickstart.main([*args, str(tmp_path / 'b'), '--models', 'small_cnn', 'small_saecnn'])
@@ -94,7 +100,7 @@ def test_same_seed_gives_the_same_result_whatever_else_is_trained(folder, tmp_pa
     assert a != c
 
 
-def test_image_folder_is_learnt_and_replaces_the_last_run(folder, tmp_path, capsys):
+def test_image_folder_is_learnt_and_replaces_the_last_run(folder, tmp_path, capsys, no_picture):
     out = tmp_path / 'out'
     args = ['--dataset', str(folder), '--out', str(out), '--models', 'cifar_resnet20']
     quickstart.main([*args, '--epochs', '1'])
@@ -121,7 +127,7 @@ def test_interrupted_run_leaves_the_last_one_alone(digits_run, tmp_path, interpr
     assert [p.name for p in tmp_path.iterdir()] == ['out']
 
 
-def test_killed_run_is_cleaned_up_by_the_next(folder, tmp_path, interpreters):
+def test_killed_run_is_cleaned_up_by_the_next(folder, tmp_path, interpreters, no_picture):
     args = ['--dataset', str(folder), '--models', 'small_cnn', '--out', str(tmp_path / 'out')]
     process = interpreters.start(command([SCRIPT, *args, '--epochs', '1000']))
     while not list(tmp_path.iterdir()):

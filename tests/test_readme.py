@@ -9,7 +9,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,8 +166,11 @@ def test_lowest_versions_are_those_of_the_metadata():
 
 
 @functools.cache
-def help_of(*command: str) -> str:
-    done = subprocess.run([*command, '--help'], capture_output=True, text=True, cwd=ROOT)
+def help_of(reader: Interpreters, script: str) -> str:
+    if script.endswith('.sh'):
+        done = subprocess.run(['bash', script, '--help'], capture_output=True, text=True, cwd=ROOT)
+    else:
+        done = reader.run(code_of(f'{script} --help'), ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -182,7 +184,7 @@ def test_command_and_its_options_exist(command, reader):
     if 'timm-senetv2' in words or 'timm_senetv2' in words:
         start = words.index('timm-senetv2' if 'timm-senetv2' in words else 'timm_senetv2')
         subcommand, arguments = words[start + 1], words[start + 2 :]
-        text = help_of(sys.executable, '-m', 'timm_senetv2', subcommand)
+        text = help_of(reader, f'-m timm_senetv2 {subcommand}')
         if subcommand == 'train':
             return  # all but a few options are timm's; the recipes have tests of their own
     else:
@@ -194,9 +196,9 @@ def test_command_and_its_options_exist(command, reader):
             pytest.importorskip('segmentation_models_pytorch' if 'segmentation' in script else 'torchvision')
             text = reader.run(code_of([ROOT / script, '--help'])).stdout
         else:
-            text = help_of(*([sys.executable] if script.endswith('.py') else ['bash']), script)
+            text = help_of(reader, script)
         if script == 'scripts/compare_architectures.py':  # hands on what it does not know
-            text += help_of(sys.executable, 'scripts/reproduce.py')
+            text += help_of(reader, 'scripts/reproduce.py')
     for option in [word.partition('=')[0] for word in arguments if word.startswith('--')]:
         assert re.search(rf'(^|[\s,\[]){re.escape(option)}\b', text, flags=re.M), f'no option {option}'
 

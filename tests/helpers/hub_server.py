@@ -192,6 +192,7 @@ class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = 'HTTP/1.1'
     timeout = 30
+    disable_nagle_algorithm = True  # else a body waits 40 ms for the client to acknowledge its headers
 
     def log_message(self, *_args) -> None:
         pass

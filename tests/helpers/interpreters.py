@@ -4,6 +4,7 @@ As a program it imports the modules of its command line, and then forks for each
 What a program does before or while it imports these modules needs a cold start, `subprocess`.
 """
 
+import gc
 import json
 import os
 import shlex
@@ -20,8 +21,10 @@ from types import ModuleType
 class Interpreters:
     """Starts the program above, and ends it: a context manager."""
 
-    def __init__(self, *modules: str, env: Mapping[str, str] | None = None) -> None:
-        self.command = [sys.executable, __file__, *modules]
+    def __init__(
+        self, *modules: str, env: Mapping[str, str] | None = None, python: Path | str = sys.executable
+    ) -> None:
+        self.command = [str(python), __file__, *modules]
         self.env = dict(env or os.environ)
 
     def __enter__(self) -> 'Interpreters':
@@ -108,6 +111,7 @@ def command(words: str | Sequence[object]) -> str:
 def main() -> None:
     for module in sys.argv[1:]:
         __import__(module)
+    gc.freeze()  # else each program's garbage collector copies the pages that hold them
     for line in sys.stdin:
         request = json.loads(line)
         if 'wait' in request:

@@ -1,4 +1,7 @@
-"""The whole circle through the command and the environment alone, each step in a process of its own."""
+"""The whole circle through the command and the environment alone, each step in a process of its own.
+
+Where it can make no difference such a process has torch already, and nothing that reads the environment of the Hub.
+"""
 
 import os
 import re
@@ -9,6 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from interpreters import command as code_of
 from safetensors.torch import save, save_file
 
 TOKEN = 'hf_sentinelSENTINELsentinel'
@@ -22,16 +26,19 @@ with torch.inference_mode():
 
 
 @pytest.fixture
-def process(hub_server, tmp_path):
+def process(hub_server, tmp_path, interpreters):
     """Run Python with the loopback Hub as the Hub, a cache of its own, and the token."""
     hub_server.tokens[TOKEN] = 'write'
 
-    def process(*args, check=True, **env):
+    def process(*args, check=True, cold=False, **env):
         given = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'HUGGING'))}
         own = dict(HF_ENDPOINT=hub_server.url, HF_HOME=str(tmp_path / 'hf'), HF_HUB_DISABLE_XET='1', HF_TOKEN=TOKEN)
-        done = subprocess.run(
-            [sys.executable, *map(str, args)], env={**given, **own, **env}, capture_output=True, text=True
-        )
+        if cold:
+            command = [sys.executable, *map(str, args)]
+            done = subprocess.run(command, env={**given, **own, **env}, capture_output=True, text=True)
+        else:
+            given_code = args[0] == '-c' and f'import sys\nsys.argv[1:] = {[str(a) for a in args[2:]]}\n{args[1]}'
+            done = interpreters.run(given_code or code_of(args), env={**given, **own, **env})
         assert not check or done.returncode == 0, done.stderr
         return done
 
@@ -54,6 +61,7 @@ def test_push_then_load_by_the_printed_line_then_load_offline(hub_server, proces
         'me/x.mine',
         '--private',
         '-v',
+        cold=True,
         HF_DEBUG='1',
     )
     assert 'curl' in pushed.stderr  # the client did log its requests

@@ -1,6 +1,7 @@
 """Wheel, source distribution and editable install, each in an environment where nothing else provides the package."""
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -10,11 +11,14 @@ import sys
 import tarfile
 import venv
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from interpreters import Interpreters, Program
+from interpreters import command as code_of
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -33,9 +37,14 @@ print(sum(facts.license is not None for facts in [timm_senetv2.hub.facts_of('sen
 """
 
 
-def execute(*command, cwd=None, **env) -> subprocess.CompletedProcess[str]:
+def clean_environment(**env: str) -> dict[str, str]:
     clean = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH' and not k.endswith('_AUTOLOAD')}
-    return subprocess.run([str(c) for c in command], cwd=cwd, env=dict(clean, **env), capture_output=True, text=True)
+    return dict(clean, **env)
+
+
+def execute(*command, cwd=None, **env) -> subprocess.CompletedProcess[str]:
+    given = clean_environment(**env)
+    return subprocess.run([str(c) for c in command], cwd=cwd, env=given, capture_output=True, text=True)
 
 
 def run(*command, cwd=None, **env) -> str:
@@ -72,7 +81,7 @@ class Environment:
     """A virtual environment that sees the packages of this one, without timm_senetv2."""
 
     def __init__(self, folder: Path) -> None:
-        packages = folder / 'packages'
+        packages = self.packages = folder / 'packages'
         packages.mkdir()
         for path in map(Path, sys.path):
             if path.name in ('site-packages', 'dist-packages'):
@@ -92,12 +101,63 @@ class Environment:
         self.pip('install', '--no-deps', '--no-index', '--no-build-isolation', *what)
 
 
+def new_environment(folder: Path) -> Environment:
+    environment = Environment(folder)
+    code = (
+        'from importlib import metadata, util; '
+        'names = [e.name for e in metadata.entry_points(group="torch.backends")]; '
+        'found = [util.find_spec(name) is not None for name in ("timm", "timm_senetv2", "timm_senetv2_autoload")]; '
+        'print("timm_senetv2" in names, found)'
+    )
+    assert run(environment.python, '-c', code, cwd=folder) == 'False [True, False, False]'
+    return environment
+
+
 @pytest.fixture
 def environment(tmp_path) -> Environment:
-    environment = Environment(tmp_path)
-    code = 'import timm, sys; print(timm.is_model("seanet20"), "timm_senetv2" in sys.modules)'
-    assert run(environment.python, '-c', code, cwd=tmp_path) == 'False False'
-    return environment
+    return new_environment(tmp_path)
+
+
+class Installed:
+    """An environment with the wheel, shared by the tests that only look at it.
+
+    Attributes:
+        command: Its `timm-senetv2`.
+    """
+
+    def __init__(self, environment: Environment, interpreters: Interpreters) -> None:
+        self.environment, self.interpreters = environment, interpreters
+        self.command = environment.python.parent / 'timm-senetv2'
+
+    def execute(self, *words: object, cwd: Path, **env: str) -> Program:
+        """Run a script, or `-m` and a module, in an interpreter of the environment that has imported torch."""
+        return self.interpreters.run(code_of(words), cwd, env=clean_environment(**env))
+
+    def run(self, *words: object, cwd: Path, **env: str) -> str:
+        done = self.execute(*words, cwd=cwd, **env)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout.strip()
+
+    @contextlib.contextmanager
+    def without(self, *packages: str) -> Iterator[None]:
+        """Without the packages whose names start so."""
+        folder = self.environment.packages
+        hidden = {path: path.readlink() for package in packages for path in folder.glob(f'{package}*')}
+        for path in hidden:
+            path.unlink()
+        try:
+            yield
+        finally:
+            for path, target in hidden.items():
+                path.symlink_to(target)
+
+
+@pytest.fixture(scope='module')
+def installed(dist, tmp_path_factory) -> Iterator[Installed]:
+    environment = new_environment(tmp_path_factory.mktemp('installed'))
+    environment.install(dist['wheel'])
+    with Interpreters('torch', 'torchvision', env=clean_environment(), python=environment.python) as interpreters:
+        yield Installed(environment, interpreters)
 
 
 def test_source_distribution_builds_the_wheel_of_the_clone(clone, dist, tmp_path):
@@ -116,7 +176,8 @@ def test_source_distribution_builds_the_wheel_of_the_clone(clone, dist, tmp_path
     assert any(n.endswith('licenses/LICENSE') for n in wheel)
 
 
-@pytest.mark.parametrize('kind', ['wheel', 'sdist'])
+# A source distribution is built into the same wheel, as the test above shows
+@pytest.mark.parametrize('kind', ['wheel', pytest.param('sdist', marks=pytest.mark.slow)])
 def test_installed_package_works_and_uninstalls_without_trace(kind, dist, environment, tmp_path):
     environment.install(dist[kind])
     where = environment.site_packages / 'timm_senetv2'
@@ -127,6 +188,7 @@ def test_installed_package_works_and_uninstalls_without_trace(kind, dist, enviro
     assert run(environment.python, '-W', 'error::RuntimeWarning', '-c', code, cwd=tmp_path) == 'False True'
 
 
+@pytest.mark.slow  # as installed from the wheel, and test_registration.py has packages whose folder is gone
 def test_editable_install_works_and_its_deleted_clone_costs_a_warning(dist, environment, tmp_path):
     with tarfile.open(dist['sdist']) as archive:
         archive.extractall(tmp_path, filter='data')
@@ -152,13 +214,12 @@ print(Path(timm.__file__).parts[-2], timm.is_model('seanet20'), *sys.argv[1:])
 """
 
 
-def test_every_command_works_from_the_wheel_outside_any_clone(dist, environment, hub_server, tmp_path):
-    environment.install(dist['wheel'])
-    command = environment.python.parent / 'timm-senetv2'
+def test_every_command_works_from_the_wheel_outside_any_clone(installed, hub_server, tmp_path):
+    python, command = installed.environment.python, installed.command
     away = tmp_path / 'away'
     away.mkdir()
 
-    listed = json.loads(run(command, 'models', 'senetv2_resnet50', '--json', cwd=away))
+    listed = json.loads(installed.run(command, 'models', 'senetv2_resnet50', '--json', cwd=away))
     assert [row['params'] for row in listed] == [30603912]
     default = next(tag for tag in listed[0]['tags'] if tag['default'])
     assert default['source'] == 'timm/seresnet50.ra2_in1k' and default['accuracies'][0]['top1'] == 81.288
@@ -168,7 +229,9 @@ def test_every_command_works_from_the_wheel_outside_any_clone(dist, environment,
     torch.save(
         {'state_dict': model.state_dict(), 'epoch': 7, 'args': argparse.Namespace(lr=0.1)}, away / 'last.pth.tar'
     )
-    told = run(command, 'convert', 'last.pth.tar', '--model', 'cifar_senetv2_resnet20', '--out', 'out', cwd=away)
+    told = installed.run(
+        command, 'convert', 'last.pth.tar', '--model', 'cifar_senetv2_resnet20', '--out', 'out', cwd=away
+    )
     assert 'epoch: 7' in told and 'classes: 4' in told
     converted = load_file(away / 'out' / 'model.safetensors')
     assert all(torch.equal(converted[key], tensor) for key, tensor in model.state_dict().items())
@@ -185,36 +248,33 @@ def test_every_command_works_from_the_wheel_outside_any_clone(dist, environment,
         '--license',
         'mit',
     )
-    told = run(command, 'push', *given, cwd=away, **hub)
+    told = installed.run(command, 'push', *given, cwd=away, **hub)
     assert told.splitlines()[-1] == "model = timm.create_model('hf-hub:me/x', pretrained=True)"
     assert 'model.safetensors' in hub_server.model('me/x').files()
 
     (away / 'repo' / 'timm').mkdir(parents=True)
     (away / 'repo' / 'train.py').write_text(SCRIPT)
     arguments = ('train', '--timm-repo', 'repo', '--model', 'x', '--', '-y')
-    for start in ([command], [environment.python, '-m', 'timm_senetv2']):
-        assert run(*start, *arguments, cwd=away) == 'timm True --model x -- -y'
+    assert run(command, *arguments, cwd=away) == 'timm True --model x -- -y'  # a cold start, as a user's
+    assert installed.run('-m', 'timm_senetv2', *arguments, cwd=away) == 'timm True --model x -- -y'
     told = run(
-        environment.python,
+        python,
         *('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '-m', 'timm_senetv2', *arguments),
         cwd=away,
     )
     assert told.splitlines() == ['timm True --model x -- -y'] * 2
 
 
-def test_command_without_its_extra_says_in_one_line_what_to_install(dist, environment, tmp_path):
-    environment.install(dist['wheel'])
-    for package in ('pydantic', 'jinja2'):
-        for path in (tmp_path / 'packages').glob(f'{package}*'):
-            path.unlink()
-    command = [environment.python, '-m', 'timm_senetv2']
-    for name in ('push', 'cards'):
-        done = execute(*command, name, 'x', cwd=tmp_path)
-        line = f"error: timm-senetv2 {name} needs jinja2 and pydantic: pip install 'timm-senetv2[hub]'\n"
-        assert (done.returncode, done.stderr) == (2, line)
-    run(*command, 'push', '--help', cwd=tmp_path)
-    run(*command, 'convert', '--help', cwd=tmp_path)
-    run(*command, 'models', 'small_*', cwd=tmp_path)
+def test_command_without_its_extra_says_in_one_line_what_to_install(installed, tmp_path):
+    command = ('-m', 'timm_senetv2')
+    with installed.without('pydantic', 'jinja2'):
+        for name in ('push', 'cards'):
+            done = installed.execute(*command, name, 'x', cwd=tmp_path)
+            line = f"error: timm-senetv2 {name} needs jinja2 and pydantic: pip install 'timm-senetv2[hub]'\n"
+            assert (done.returncode, done.stderr) == (2, line)
+        installed.run(*command, 'push', '--help', cwd=tmp_path)
+        installed.run(*command, 'convert', '--help', cwd=tmp_path)
+        installed.run(*command, 'models', 'small_*', cwd=tmp_path)
 
 
 @pytest.mark.slow
@@ -223,7 +283,7 @@ def test_every_registration_case_holds_for_an_installed_package(kind, dist, envi
     environment.install(dist[kind])
     tests = tmp_path / 'tests'
     tests.mkdir()
-    for name in ('test_registration.py', 'conftest.py', 'helpers/hub_server.py'):
+    for name in ('test_registration.py', 'conftest.py', 'helpers/hub_server.py', 'helpers/interpreters.py'):
         shutil.copy(ROOT / 'tests' / name, tests)
     output = run(environment.python, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', tests, cwd=tmp_path)
     assert ' passed' in output.splitlines()[-1] and 'failed' not in output and 'skipped' not in output
