@@ -28,7 +28,7 @@ from timm_senetv2.lifting import SE_CLASSES
 
 from .settings import ModelSpec
 
-ATTENTION = (SqueezeAggregatedExcitation, *SE_CLASSES)
+ATTENTION: tuple[type[nn.Module], ...] = (SqueezeAggregatedExcitation, *SE_CLASSES)
 
 
 @dataclass(frozen=True)
