@@ -21,7 +21,8 @@ def trained(path: Path, name: str, **arguments: object) -> torch.nn.Module:
     arguments = dict(model=name, model_kwargs={}, gp=None, in_chans=None) | arguments
     torch.manual_seed(1)
     model = timm.create_model(
-        name, num_classes=7, in_chans=arguments['in_chans'] or 3, global_pool=arguments['gp'],
+        name, num_classes=7, in_chans=arguments['in_chans'] or arguments.get('input_size', [3])[0],
+        global_pool=arguments['gp'],
         **arguments['model_kwargs'],
     )  # fmt: skip
     for m in model.modules():
@@ -43,11 +44,16 @@ def trained(path: Path, name: str, **arguments: object) -> torch.nn.Module:
         ('cifar_senetv2_resnet20', dict(mean=[0.1, 0.2, 0.3], std=(0.5,), crop_pct=0.875, interpolation='bicubic')),
         ('senetv2_resnet18.plain_fb_swsl_ig1b_ft_in1k', dict(img_size=192)),
         ('cifar_senetv2_resnet20', dict(input_size=[3, 48, 48])),
+        ('cifar_senetv2_resnet20', dict(crop_pct=1.1, crop_mode='squash', interpolation='')),
+        ('cifar_senetv2_resnet20', dict(in_chans=1, img_size=28, mean=(0.2,), std=(0.3,))),
+        ('cifar_senetv2_resnet20', dict(input_size=[1, 28, 28])),
+        ('senetv2_resnet20.fmnist', {}),  # a name of before
     ],
 )
 def test_preprocessing_is_that_of_the_training(tmp_path, name, arguments):
     trained(tmp_path / 'x.pth', name, **arguments)
-    config = from_checkpoint(name.partition('.')[0], tmp_path / 'x.pth', False, {})[0].pretrained_cfg
+    given = f'{name.partition(".")[0]}.untrained'  # the file knows better
+    config = from_checkpoint(given, tmp_path / 'x.pth', False, {})[0].pretrained_cfg
     # as train.py resolves it
     expected = resolve_data_config(arguments, pretrained_cfg=timm.create_model(name).pretrained_cfg)
     assert {key: config[key] for key in KEYS} == {key: expected[key] for key in KEYS}
@@ -77,22 +83,48 @@ def test_tag_says_the_preprocessing_of_a_file_that_does_not(tmp_path):
         dict(model_kwargs=dict(sae_reduction=8, drop_rate=0.1)),
         dict(gp='max'),
         dict(in_chans=1),
+        dict(input_size=(1, 32, 32)),
+        dict(model_kwargs=dict(widths=[16, 16, 32])),
     ],
 )
 def test_options_are_those_of_the_training(tmp_path, arguments):
     source = trained(tmp_path / 'x.pth', 'cifar_senetv2_resnet20', **arguments)
-    model = hub.build('cifar_senetv2_resnet20', checkpoint=tmp_path / 'x.pth', drop_rate=0.2)
-    x = torch.randn(2, arguments.get('in_chans') or 3, 32, 32)
+    given = dict(widths=(16, 16, 32)) if 'widths' in arguments.get('model_kwargs', {}) else {}
+    model = hub.build('cifar_senetv2_resnet20', checkpoint=tmp_path / 'x.pth', drop_rate=0.2, **given)
+    x = torch.randn(2, source.conv1.in_channels, 32, 32)
     assert torch.equal(model(x), source(x)) and model.drop_rate == 0.2
     hub.write_files(model, tmp_path / 'out', 'a card', hub.Facts(license='mit'))
     loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
     assert torch.equal(loaded(x), source(x))
 
 
-def test_options_of_another_architecture_are_left(tmp_path):
-    trained(tmp_path / 'x.pth', 'cifar_seresnet20', model_kwargs=dict(drop_rate=0.3))
-    model, _ = from_checkpoint('cifar_senetv2_resnet20', tmp_path / 'x.pth', False, {})  # lifted
-    assert model.drop_rate == 0
+@pytest.mark.parametrize(
+    ('name', 'ours', 'arguments'),
+    [
+        ('cifar_seresnet20', 'cifar_senetv2_resnet20', dict(gp='max', model_kwargs=dict(sae_reduction=64))),
+        ('seresnet18', 'senetv2_resnet18', dict(model_kwargs=dict(act_layer='silu', zero_init_last=0))),
+    ],
+)
+def test_lifted_weights_keep_all_options_but_the_size_of_se(tmp_path, name, ours, arguments):
+    source = trained(tmp_path / 'x.pth', name, **arguments).double()
+    model = from_checkpoint(ours, tmp_path / 'x.pth', False, {})[0].double()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(model(x), source(x))
+    assert model.layer1[0].se.cardinality == 4
+
+
+def test_unknown_tag_of_another_version_is_the_default(tmp_path):
+    trained(tmp_path / 'x.pth', 'cifar_senetv2_resnet20', model='cifar_senetv2_resnet20.newer')
+    model, _ = from_checkpoint('cifar_senetv2_resnet20', tmp_path / 'x.pth', False, {})
+    assert model.pretrained_cfg['mean'] == timm.create_model('cifar_senetv2_resnet20').pretrained_cfg['mean']
+
+
+def test_training_from_a_folder_keeps_its_options_where_a_tag_says_the_preprocessing(tmp_path):
+    source = trained(tmp_path / 'x.pth', 'cifar_senetv2_resnet20', gp='max', model='local-dir:mine', img_size=40)
+    model, _ = from_checkpoint('cifar_senetv2_resnet20.fmnist', tmp_path / 'x.pth', False, {})
+    x = torch.randn(2, 3, 40, 40)
+    assert torch.equal(model(x), source(x))
+    assert model.pretrained_cfg['mean'] == (0.286,) * 3 and model.pretrained_cfg['input_size'] == (3, 40, 40)
 
 
 @pytest.mark.parametrize(
@@ -106,12 +138,25 @@ def test_options_of_another_architecture_are_left(tmp_path):
         (dict(in_chans=3), dict(in_chans=1), 'was trained with in_chans=1, and --model-kwargs says in_chans=3'),
         ({}, dict(model_kwargs=dict(nonsense=1)), 'x.pth records options: .* no option nonsense'),
         ({}, dict(model_kwargs=[1]), 'records options that are none'),
-        ({}, dict(std=[0.0]), 'records preprocessing that makes no sense'),
-        ({}, dict(mean=['a'] * 3), 'records preprocessing that makes no sense'),
-        ({}, dict(crop_pct=float('nan')), 'records preprocessing that makes no sense'),
-        ({}, dict(input_size=[3, -1, 5]), 'records preprocessing that makes no sense'),
-        ({}, dict(img_size='x'), 'records preprocessing that makes no sense'),
-        ({}, dict(interpolation=7), 'records preprocessing that makes no sense'),
+        ({}, dict(std=[0.0]), 'records std=.*, which makes no sense'),
+        ({}, dict(mean=['a'] * 3), 'records mean=.*, which makes no sense'),
+        ({}, dict(mean=[0.1, 0.2]), 'records mean=.*, which makes no sense'),
+        ({}, dict(mean=[10**400] * 3), 'records mean=.*, which makes no sense'),
+        ({}, dict(mean=torch.tensor([0.5] * 3)), 'records mean=.*, which makes no sense'),
+        ({}, dict(crop_pct=float('nan')), 'records crop_pct=nan, which makes no sense'),
+        ({}, dict(crop_pct=torch.tensor([0.5, 0.6])), 'records crop_pct=.*, which makes no sense'),
+        ({}, dict(input_size=[3, -1, 5]), 'records input_size=.*, which makes no sense'),
+        ({}, dict(in_chans=10**13), 'records in_chans=.*, which makes no sense'),
+        ({}, dict(img_size='x'), 'records img_size=x, which makes no sense'),
+        ({}, dict(interpolation=7), 'records interpolation=7, which makes no sense'),
+        ({}, dict(interpolation='nope'), 'records interpolation=nope, which makes no sense'),
+        ({}, dict(crop_mode='a' + chr(10)), 'records crop_mode=a.*, which makes no sense'),
+        ({}, dict(model='cifar_seresnet20', model_kwargs=dict(nonsense=1)), 'no option nonsense'),
+        (
+            {},
+            dict(model='local-dir:x'),
+            'x.pth was trained from local-dir:x: say by --model cifar_senetv2_resnet20.TAG',
+        ),
     ],
 )
 def test_record_that_cannot_hold_is_refused(tmp_path, given, arguments, says):

@@ -5,7 +5,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, get_type_hints
 
@@ -14,6 +14,7 @@ import torch
 from timm.data import resolve_data_config
 from timm.models import get_deprecated_models, get_pretrained_cfg, get_pretrained_cfg_value
 from torch import nn
+from torchvision.transforms import InterpolationMode  # type: ignore[import-untyped]
 
 from . import catalog
 from .checkpoints import Checkpoint, load_weights, read_checkpoint
@@ -42,6 +43,30 @@ _SAE_OPTIONS: dict[str, type] = dict(sae_reduction=int, sae_cardinality=int, sae
 _MOST_BLOCKS = 1000
 
 
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value <= 1 << 14
+
+
+def _are_numbers(values: Any, above: float) -> bool:
+    plain = isinstance(values, (list, tuple)) and all(type(value) in (int, float) for value in values)
+    return plain and all(above < value < 1e9 for value in values)  # NaN is neither
+
+
+# Of train.py's arguments for images, in this order
+_MAKES_SENSE: dict[str, Callable[[Any], bool]] = {
+    'in_chans': _is_size,
+    'img_size': _is_size,
+    'input_size': lambda value: isinstance(value, (list, tuple)) and len(value) == 3 and all(map(_is_size, value)),
+    'mean': lambda value: _are_numbers(value, -1e9),
+    'std': lambda value: _are_numbers(value, 0),
+    'crop_pct': lambda value: _are_numbers([value], 0),
+    'crop_mode': lambda value: isinstance(value, str) and value in ('center', 'squash', 'border'),
+    'interpolation': lambda value: (
+        isinstance(value, str) and value in (*(m.value for m in InterpolationMode), 'random')
+    ),
+}
+
+
 def known_name(name: str) -> str:
     """The current name of a model of this package.
 
@@ -57,7 +82,11 @@ def known_name(name: str) -> str:
 
 def _current(name: str) -> str:
     """The name in place of a deprecated one, with its tag."""
-    return get_deprecated_models().get(name) or name
+    base, dot, tag = name.partition('.')
+    current = get_deprecated_models().get(name) or get_deprecated_models().get(base)
+    if not current:
+        return name
+    return f'{current.partition(".")[0]}.{tag}' if dot else current
 
 
 def untrained(
@@ -89,7 +118,8 @@ def from_checkpoint(
     Options and preprocessing are those that timm's train.py recorded in the file, where it wrote it.
 
     Args:
-        name: A model of this package. With a tag, it was trained from that tag, with its preprocessing.
+        name: A model of this package. With a tag, it was trained with the tag's preprocessing, unless the file names
+            another start.
         path: Any file that `read_checkpoint` reads.
         ema: Take the file's averaged weights.
         model_args: As for `untrained`. The number of classes is the file's where it is not given.
@@ -112,70 +142,97 @@ def from_checkpoint(
 
 
 def _trained_options(name: str, checkpoint: Checkpoint, model_args: Mapping[str, Any], shown: str) -> dict[str, Any]:
-    """The model's options that a file records, but for those whose value other options give.
+    """The model's options that a file records.
 
     Raises:
         UserError: They cannot be those of the model, or contradict `model_args`.
     """
     recorded = checkpoint.arguments
     trained = recorded.get('model')
-    if not isinstance(trained, str) or _current(trained).partition('.')[0] != name:
-        return {}  # the options of another architecture, or of none
+    if not isinstance(trained, str):
+        return {}
     options = recorded.get('model_kwargs') or {}
     if not isinstance(options, Mapping):
         raise UserError(f'{shown} records options that are none: {printable(options, limit=100)}')
     options = {key: value for key, value in options.items() if key not in _NOT_OPTIONS}
-    for key, name_there in dict(in_chans='in_chans', global_pool='gp').items():
-        if name_there in recorded:
-            options.setdefault(key, recorded[name_there])
+    if ':' not in trained and _current(trained).partition('.')[0] != name:  # SE to be lifted: its own sizes
+        options = {key: value for key, value in options.items() if not str(key).startswith('sae_')}
+    if 'gp' in recorded:
+        options.setdefault('global_pool', recorded['gp'])
+    preprocessing = _recorded_preprocessing(checkpoint, shown)
+    if 'in_chans' in preprocessing or 'input_size' in preprocessing:  # as train.py has it
+        options.setdefault('in_chans', preprocessing.get('in_chans') or preprocessing['input_size'][0])
+    kinds = _plain_types(type(timm.create_model(f'{name}.untrained', device='meta')))
+    for key, value in options.items():  # timm takes 0 and 1 as well
+        if kinds.get(key) is bool and type(value) is int and value in (0, 1):
+            options[key] = bool(value)
     check_options(name, options, f'{shown} records options')
     for key, value in options.items():
-        if model_args.get(key, value) != value and not key.endswith('_rate'):  # of what training drops
+        given = model_args.get(key, value)
+        if _as_tuples(given) != _as_tuples(value) and not key.endswith('_rate'):  # of what training drops
             raise UserError(
-                f'{shown} was trained with {_shown({key: value})}, and --model-kwargs says '
-                f'{_shown({key: model_args[key]})}; leave it out'
+                f'{shown} was trained with {_shown({key: value})}, and --model-kwargs says {_shown({key: given})}; '
+                'leave it out'
             )
     return options
 
 
 def _trained_preprocessing(name: str, checkpoint: Checkpoint, shown: str) -> dict[str, Any]:
-    """What timm's train.py made of its images, as far as a name with a tag or the file says it.
+    """What timm's train.py made of its images, as far as the file or a name with a tag says it.
 
     Raises:
-        UserError: There is no such tag, or what the file says makes no sense.
+        UserError: There is no such tag, what the file says makes no sense, or it says too little.
     """
-    recorded = checkpoint.arguments
-    trained = recorded.get('model')
-    if '.' in name:
-        base, _, tag = name.partition('.')
-        known = catalog.tags(base)
-        if tag not in (*known, 'untrained'):
-            raise UserError(f'{base} has no tag {printable(tag)!r}{did_you_mean(tag, known) or _one_of(known)}')
-    elif isinstance(trained, str) and timm.is_model(_current(trained).partition('.')[0]):
+    base, dot, tag = name.partition('.')
+    known = catalog.tags(base)
+    if dot and tag not in (*known, 'untrained'):
+        raise UserError(f'{base} has no tag {printable(tag)!r}{did_you_mean(tag, known) or _one_of(known)}')
+    trained = checkpoint.arguments.get('model')
+    if isinstance(trained, str) and timm.is_model(_current(trained).partition('.')[0]):
         name = _current(trained)
-    else:
-        return {}
-    config = get_pretrained_cfg(name)
-    if config is None:  # a tag of another version of timm's
-        config = get_pretrained_cfg(name.partition('.')[0])
-    try:
-        found: dict[str, Any] = resolve_data_config(dict(recorded), pretrained_cfg=config.to_dict() if config else {})
-        sensible = (
-            all(type(side) is int and 0 < side <= 1 << 14 for side in found['input_size'])
-            and all(math.isfinite(value) for value in found['mean'])
-            and all(0 < value < math.inf for value in found['std'])
-            and 0 < found['crop_pct'] <= 1
-            and isinstance(found['interpolation'], str)
-            and isinstance(found['crop_mode'], str)
+    elif not dot and isinstance(trained, str) and ':' in trained:
+        raise UserError(
+            f'{shown} was trained from {printable(trained, limit=200)}: say by --model {base}.TAG whose preprocessing '
+            f'that has{_one_of([*known, "untrained"])}'
         )
-    except (AssertionError, TypeError, ValueError):
-        sensible = False
-    if not sensible:
-        raise UserError(f'{shown} records preprocessing that makes no sense; save its state dict alone')
-    if config is not None and config.pool_size:
+    elif not dot:
+        return {}
+    try:
+        config = get_pretrained_cfg(name)
+    except RuntimeError:  # a tag of another version
+        config = get_pretrained_cfg(name.partition('.')[0])
+    if config is None:
+        return {}
+    found: dict[str, Any] = resolve_data_config(
+        _recorded_preprocessing(checkpoint, shown), pretrained_cfg=config.to_dict()
+    )
+    if config.pool_size:
         sizes = zip(config.pool_size, config.input_size[1:], found['input_size'][1:], strict=True)
         found['pool_size'] = tuple(math.ceil(pool * new / old) for pool, old, new in sizes)
     return found
+
+
+def _recorded_preprocessing(checkpoint: Checkpoint, shown: str) -> dict[str, Any]:
+    """train.py's arguments for images, as far as a file has them.
+
+    Raises:
+        UserError: They make no sense.
+    """
+    recorded = {key: checkpoint.arguments[key] for key in _MAKES_SENSE if checkpoint.arguments.get(key) is not None}
+    if recorded.get('interpolation') == '':  # train.py's way to leave it to the model
+        del recorded['interpolation']
+    for key, value in recorded.items():
+        sensible = _MAKES_SENSE[key](value)
+        if sensible and key in ('mean', 'std'):
+            sensible = len(value) in (1, recorded.get('input_size', [recorded.get('in_chans', 3)])[0])
+        if not sensible:
+            what = f'{key}={printable(value, limit=60)}'
+            raise UserError(f'{shown} records {what}, which makes no sense; save its state dict alone')
+    return recorded
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _one_of(names: Sequence[str]) -> str:

@@ -43,4 +43,6 @@ def preprocessing(config: Mapping[str, Any]) -> str:
     """What is done to an image, in one line, from timm's config of a model."""
     size = 'x'.join(map(str, config['input_size']))
     mean, std = (', '.join(f'{value:.4g}' for value in config[key]) for key in ('mean', 'std'))
-    return f'{size}, {config["interpolation"]}, crop {config["crop_pct"]:g}, mean {mean}, std {std}'
+    mode = config.get('crop_mode') or 'center'
+    crop = f'crop {config["crop_pct"]:g}' + (f' ({mode})' if mode != 'center' else '')
+    return f'{size}, {config["interpolation"]}, {crop}, mean {mean}, std {std}'
