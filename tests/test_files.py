@@ -233,10 +233,12 @@ def test_folders_that_only_look_like_leftovers_stay(tmp_path):
     assert after == before
 
 
-def test_workspace_without_anything_in_it_is_removed_once_it_is_old(tmp_path):
+@pytest.mark.parametrize('inside', [(), ('lock',), ('lock', MARK)])
+def test_workspace_without_anything_in_it_is_removed_once_it_is_old(tmp_path, inside):
     for name in ('.timm-senetv2-00000000', '.timm-senetv2-11111111'):
         (tmp_path / name).mkdir()
-        (tmp_path / name / 'lock').touch()
+        for file in inside:
+            (tmp_path / name / file).touch()
     os.utime(tmp_path / '.timm-senetv2-00000000', (0, 0))
     write(tmp_path / 'out')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['.timm-senetv2-11111111', 'out']
@@ -274,6 +276,8 @@ def test_folder_is_the_old_or_the_new_one_whenever_the_run_is_killed(tmp_path, w
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         process.wait()
+        for workspace in out.parent.glob('.timm-senetv2-*'):  # one without a mark is left alone while it is new
+            os.utime(workspace, (0, 0))
         with pytest.raises(ZeroDivisionError), output_folder(out, 'convert'):  # gives back what was moved away
             raise ZeroDivisionError
         found = {path.name: path.read_text() for path in out.iterdir() if path.name != MARK}

@@ -254,9 +254,11 @@ def _clear_leftovers(out: Path) -> None:
                         os.rename(workspace / _PREVIOUS, out)
                     _remove(workspace)
             elif mark is None and time.time() - workspace.stat().st_mtime > 60:
-                # killed before it was marked, or when all but the folder was removed: rmdir takes empty ones alone
-                if [path.name for path in workspace.iterdir()] == [_LOCK] and not (workspace / _LOCK).stat().st_size:
-                    (workspace / _LOCK).unlink()
+                # killed before its mark was written, or when all but the folder was removed: rmdir takes empty ones alone
+                inside = list(workspace.iterdir())
+                if all(path.name in (_LOCK, MARK) and not path.stat().st_size for path in inside):
+                    for path in inside:
+                        path.unlink()
                 workspace.rmdir()
 
 
