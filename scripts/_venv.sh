@@ -70,9 +70,9 @@ use_venv() {
     echo "Installing into $venv; the first time this takes some minutes, most of them for PyTorch."
     mkdir -p "$state"
     [ -f "$state/ours" ] && echo $$ > "$state/installing"  # what we did not make, we never clear
-    # from within, so that the path may hold any character
+    # from within, so that the path may hold any character; not compiled, since few of 14,000 files are ever imported
     # shellcheck disable=SC2086
-    (cd "$root" && "$python" -m pip install $quiet --disable-pip-version-check -e ".[$(IFS=,; echo "$*")]") ||
+    (cd "$root" && "$python" -m pip install $quiet --no-compile --disable-pip-version-check -e ".[$(IFS=,; echo "$*")]") ||
         fail "the installation failed, see above; run this again to start it over"
     for extra in "$@"; do
         echo "$key" > "$state/$extra"
