@@ -35,7 +35,8 @@ def run_tests(session: nox.Session, default: tuple[str, ...]) -> None:
 
 def install(session: nox.Session, *requirements: str) -> None:
     session.env['OMP_NUM_THREADS'] = '1'  # two processes side by side are faster than two threads in one
-    session.install(*requirements, '-e', f'.[{",".join(EXTRAS)}]')
+    # pip, which environments made with uv lack, fetches timm's tests
+    session.install('pip', *requirements, '-e', f'.[{",".join(EXTRAS)}]')
     names = ('torch', 'torchvision', 'timm', 'huggingface_hub')
     session.run('python', '-c', f'import importlib.metadata as m\nfor n in {names}: print(n, m.version(n))')
 
