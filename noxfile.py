@@ -12,7 +12,7 @@ import nox
 
 PROJECT = nox.project.load_toml('pyproject.toml')['project']
 PYTHONS = nox.project.python_versions(nox.project.load_toml('pyproject.toml'))
-EXTRAS = ('hub', 'train', 'export', 'experiments', 'test')
+EXTRAS = ('hub', 'gates', 'train', 'export', 'experiments', 'docs', 'test')  # as scripts/test.sh
 CORE = tuple(f'tests/test_{name}.py' for name in ('layers', 'blocks', 'models', 'registration', 'package'))
 
 nox.needs_version = '>=2024.10'
