@@ -58,7 +58,9 @@ def caption(rows: list[Row], baseline: str) -> str:
 
 def page(rows: list[Row], baseline: str) -> str:
     """The commands that made the runs, their table and its caption: table.md."""
-    commands = ''.join(f'{command}\n' for command in dict.fromkeys(row['command'] for row in rows))
+    given = dict.fromkeys(row['command'] for row in rows)
+    # Ray changes where runs are made, not what comes out: the same command without it says all
+    commands = ''.join(f'{c}\n' for c in given if ' --ray' not in c or c.replace(' --ray', '') not in given)
     return f'```bash\n{commands}```\n\n{table(rows, baseline)}\n{caption(rows, baseline)}'
 
 
