@@ -35,8 +35,8 @@ def run_tests(session: nox.Session, default: tuple[str, ...]) -> None:
 
 def install(session: nox.Session, *requirements: str) -> None:
     session.env['OMP_NUM_THREADS'] = '1'  # two processes side by side are faster than two threads in one
-    # pip, which environments made with uv lack, fetches timm's tests
-    session.install('pip', *requirements, '-e', f'.[{",".join(EXTRAS)}]')
+    # uv's environments lack both: pip fetches timm's tests, and torch.compile of torch 2.5 imports setuptools
+    session.install('pip', 'setuptools', *requirements, '-e', f'.[{",".join(EXTRAS)}]')
     names = ('torch', 'torchvision', 'timm', 'huggingface_hub')
     session.run('python', '-c', f'import importlib.metadata as m\nfor n in {names}: print(n, m.version(n))')
 
