@@ -1,6 +1,7 @@
 """timm_senetv2.gates and the command `timm-senetv2 gates`, beside numpy over gates recomputed from the weights."""
 
 import csv
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -16,8 +17,9 @@ from torch import nn
 
 import timm_senetv2
 from experiments.randomize import randomize
-from timm_senetv2 import gates
+from timm_senetv2 import SqueezeAggregatedExcitation, gates
 from timm_senetv2.commands import main
+from timm_senetv2.errors import UserError
 from timm_senetv2.gates import attention_layers, measure
 from timm_senetv2.gates_report import findings, report, write_report
 from timm_senetv2.images import open_images, outputs_of
@@ -171,6 +173,18 @@ def test_unit_that_never_fires_is_counted():
     after = measure(model, loader, 'ab', effect_images=0).layers[1].units
     assert after.never_fire == before.never_fire + 2
     assert after.correlation[alive].isnan().all()
+
+
+def test_unit_that_works_below_zero_is_not_one_that_never_fires():
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3),
+        SqueezeAggregatedExcitation(8, rd_channels=4, act_layer=torch.nn.SiLU),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+    )
+    torch.nn.init.constant_(model[1].fc1.bias, -1.0)
+    units = measure(model, batches(2, 9), 'ab', effect_images=0).layers[0].units
+    assert (units.mean < 0).any() and units.never_fire == 0
 
 
 def test_effect_of_mean_gates_is_that_of_weights_that_give_them(case):
@@ -373,7 +387,7 @@ def test_command_writes_report_pictures_and_numbers(photos, tmp_path, capsys):
     images.transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     x, y = zip(*(images[i] for i in range(len(images))), strict=True)
     loader = [(torch.stack(x), torch.tensor(y))]
-    measured = measure(model, loader, images.classes, outputs_of(model, images))
+    measured = measure(model, loader, images.classes, outputs_of(model, images)[0])
     assert json.loads((out / 'settings.json').read_text())['accuracy'] == measured.accuracy > 80
     rows = read(out / 'layers.csv')
     assert [row['layer'] for row in rows] == [layer.name for layer in measured.layers] and len(rows) == 9
@@ -432,17 +446,72 @@ def test_images_take_turns_evenly_over_classes(photos):
     assert len(wanted) == 30 and {'Bag', 'Coat'} < set(wanted.classes) and len(wanted.classes) == 3
 
 
+@pytest.mark.parametrize('limit, classes', [(2, 2), (15, 2), (25, 3), (100, 10)])
+def test_few_images_are_of_two_classes_or_more(photos, limit, classes):
+    images = open_images(photos, limit=limit)
+    assert (len(images), len(images.classes)) == (limit, classes)
+
+
 def test_right_outputs_are_found_by_name_else_by_order(photos, tmp_path):
     model = timm.create_model(SHIPPED, pretrained=True)
     images = open_images(photos)
     assert images.classes[0] == 'Ankle boot'  # timm sorts the folders, and the model's labels are in another order
-    assert [LABELS[i].replace('/', ' ') for i in outputs_of(model, images)] == list(images.classes)
+    outputs, how = outputs_of(model, images)
+    assert [LABELS[i].replace('/', ' ') for i in outputs] == list(images.classes) and 'its name' in how
     for i, name in enumerate(('c', 'a', 'b')):
         (tmp_path / name).mkdir()
         Image.new('RGB', (8, 8), (90 * i, 0, 0)).save(tmp_path / name / 'x.png')
     others = open_images(tmp_path)
-    assert outputs_of(model, others) is None
-    assert outputs_of(timm.create_model('small_saecnn', num_classes=3), others) == [0, 1, 2]
+    outputs, how = outputs_of(model, others)
+    assert outputs is None and "no output named 'a' and 2 others" in how
+    outputs, how = outputs_of(timm.create_model('small_saecnn', num_classes=3), others)
+    assert outputs == [0, 1, 2] and 'by the order of the classes' in how
+    outputs, how = outputs_of(timm.create_model('small_saecnn', num_classes=4), others)
+    assert outputs is None and 'its 4 outputs have no names' in how
+
+
+def test_one_class_of_another_name_leaves_the_accuracy_unknown(photos, tmp_path):
+    shutil.copytree(photos, tmp_path / 'photos')
+    (tmp_path / 'photos' / 'T-shirt top').rename(tmp_path / 'photos' / 'T-shirt')
+    text = write_report(SHIPPED, tmp_path / 'photos', tmp_path / 'out', effect_images=0)
+    assert "it has no output named 'T-shirt'; folders that are named as its labels would tell" in text
+    assert 'The model is right' not in text
+
+
+def test_part_of_a_folder_is_found_or_asked_for(photos, tmp_path):
+    for part, classes in (('train', ('Bag', 'Coat', 'Dress')), ('test', ('Bag', 'Coat'))):
+        for name in classes:
+            shutil.copytree(photos / name, tmp_path / part / name)
+    assert len(open_images(tmp_path)) == len(open_images(tmp_path, split='test')) == 20
+    assert len(open_images(tmp_path, split='training')) == 30
+    with pytest.raises(UserError, match='has train, test and no validtion; --split says which .*: train, test$'):
+        open_images(tmp_path, split='validtion')
+    shutil.copytree(photos / 'Coat', tmp_path / 'mine' / 'Coat')
+    assert len(open_images(tmp_path, split='mine')) == 10
+    shutil.copytree(photos / 'Bag', tmp_path / 'val' / 'Bag')
+    assert len(open_images(tmp_path)) == 10
+    shutil.rmtree(tmp_path / 'test')
+    shutil.rmtree(tmp_path / 'val')
+    with pytest.raises(UserError, match='has train and no validation'):
+        open_images(tmp_path)
+    with pytest.raises(UserError, match='has no parts and no tset; .*leave it out'):
+        open_images(photos, split='tset')
+    shutil.copytree(photos / 'Coat', tmp_path / 'vehicles' / 'train')  # a class
+    shutil.copytree(photos / 'Bag', tmp_path / 'vehicles' / 'bus')
+    assert open_images(tmp_path / 'vehicles').classes == ('bus', 'train')
+
+
+def test_images_of_every_format_and_depth_are_read_alike(photos, tmp_path):
+    names = ('0.png', '0.webp', '0.bmp', '0.gif', '0.tif', '16.png', '0.TIFF')
+    (tmp_path / 'Coat').mkdir()
+    grey = np.asarray(Image.open(photos / 'Coat' / '3.png').convert('L'))
+    for name in names:
+        image = Image.fromarray(grey.astype(np.uint16) * 257) if name == '16.png' else Image.fromarray(grey)
+        image.save(tmp_path / 'Coat' / name, **(dict(lossless=True) if name.endswith('webp') else {}))
+    images = open_images(tmp_path)
+    assert len(images) == len(names)
+    for i in range(len(names)):
+        assert (np.asarray(images[i][0])[..., 0] == grey).all()
 
 
 def test_data_set_of_torchvision(tmp_path):
@@ -462,7 +531,9 @@ def test_data_set_of_torchvision(tmp_path):
     image, label = images[11]
     assert (label, image.mode) == (1, 'RGB')
     assert (np.asarray(image)[..., 0] == pixels.reshape(30, 28, 28)[11]).all()
-    assert outputs_of(timm.create_model(SHIPPED, pretrained=True), images) == list(range(10))
+    assert outputs_of(timm.create_model(SHIPPED, pretrained=True), images)[0] == list(range(10))
+    with pytest.raises(UserError, match="--split must be train, validation or test, got 'banana'"):
+        open_images(tmp_path, 'torch/fashion_mnist', split='banana')
 
 
 def broken(photos: Path, tmp_path: Path, what: str) -> Path:
@@ -580,10 +651,35 @@ def test_odd_names_of_classes_are_drawn_and_written_as_text(tmp_path):
 def test_report_says_what_the_numbers_say(case):
     _, _, measured, _ = case
     settings = dict(classes_of_the_data=9, timm_senetv2='1', timm='2', torch='3')
-    text = report(measured, 'a|b', settings, [])
+    text = report(measured, 'a|b', settings, [], 'Known by name.')
+    assert '- Known by name.\n' in text
     assert '# What the attention does: a\\|b' in text and 'of 4 of 9 classes' in text
     assert f'changes by {measured.all_layers.change:+.2f} points' in text
     dead = sum(layer.units.never_fire for layer in measured.layers)
     assert f'{dead} of {sum(len(layer.units.mean) for layer in measured.layers)} hidden units never fire' in text
     constant = sum(round(layer.constant * len(layer.mean)) for layer in measured.layers)
     assert f'{constant} of {sum(len(layer.mean) for layer in measured.layers)} channels have a constant gate' in text
+
+
+@pytest.mark.parametrize(
+    'shares, says',
+    [
+        ([0.0] * 6, '0.0 % of the variance of a gate lies between classes, in every block.'),
+        ([0.0] * 8 + [0.5], 'With depth, gates become neither clearly more nor clearly less specific to the class'),
+        ([0.0, 0.0, 0.1, 0.2, 0.3, 0.4], 'With depth, gates become more specific to the class'),
+    ],
+)
+def test_blocks_with_equal_shares_have_no_order(case, shares, says):
+    _, _, measured, _ = case
+    layers = [dataclasses.replace(measured.layers[0], name=f'b{i}.se', between_share=s) for i, s in enumerate(shares)]
+    text = report(
+        dataclasses.replace(measured, layers=layers),
+        'a',
+        dict(classes_of_the_data=4, timm_senetv2='1', timm='2', torch='3'),
+        [],
+        '',
+    )
+    assert says in text
+    if len(set(shares)) > 1:
+        rho = pytest.importorskip('scipy.stats').spearmanr(shares, range(len(shares))).statistic
+        assert f'{rho:+.2f}' in text

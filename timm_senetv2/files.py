@@ -254,7 +254,7 @@ def _clear_leftovers(out: Path) -> None:
                         os.rename(workspace / _PREVIOUS, out)
                     _remove(workspace)
             elif mark is None and time.time() - workspace.stat().st_mtime > 60:
-                # killed before its mark was written, or when all but the folder was removed: rmdir takes empty ones alone
+                # killed before its mark was written, or when all but the folder was removed: rmdir takes empty ones
                 inside = list(workspace.iterdir())
                 if all(path.name in (_LOCK, MARK) and not path.stat().st_size for path in inside):
                     for path in inside:

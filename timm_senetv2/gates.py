@@ -122,7 +122,7 @@ class Units:
     """The hidden units of a layer: fc1's, after the activation.
 
     mean: (H,), over images.
-    fires: (H,), share of images in which the unit is above 0.
+    fires: (H,), share of images in which the unit is not 0.
     correlation: (H, H), Pearson's over images; nan for a unit that is the same in all images.
     within: Mean absolute correlation of two units of one branch; in a layer without branches, of any two. None where
         there are no two such units that vary.
@@ -139,7 +139,7 @@ class Units:
 
     @property
     def never_fire(self) -> int:
-        """Units that are above 0 in no image."""
+        """Units that are 0 in every image, and could be taken away."""
         return int((self.fires == 0).sum())
 
 
@@ -326,7 +326,7 @@ class _Units:
         centred, delta = values - mean, mean - self.mean
         self.m2 += centred.T @ centred + torch.outer(delta, delta) * (self.count * count / total)
         self.mean += delta * (count / total)
-        self.fired += (values > 0).sum(0)
+        self.fired += (values != 0).sum(0)  # SiLU and the like work below 0 too
         self.low = torch.minimum(self.low, values.amin(0))
         self.high = torch.maximum(self.high, values.amax(0))
         self.count = total

@@ -79,7 +79,9 @@ def write_overlays(folder: Path, overlays: Sequence['Overlay'], title: str) -> l
     """Write overlays.png: images, and where the model finds the class it names, with its gates and with mean gates."""
     columns = min(6, len(overlays))
     groups = -(-len(overlays) // columns)
-    with matplotlib.rc_context({**_STYLE, 'font.size': 10, 'axes.titlesize': 10, 'axes.titlelocation': 'center'}):
+    style = {**_STYLE, 'font.size': 10, 'axes.titlesize': 10, 'axes.titlelocation': 'center'}
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph')
         figure = Figure(figsize=(max(8.0, 1.75 * columns + 0.9), 6.3 * groups + 0.5), layout='constrained')
         grid = figure.subplots(3 * groups, columns, squeeze=False)
         for axes in grid.flat:

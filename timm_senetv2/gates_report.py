@@ -77,7 +77,7 @@ def write_report(
             f'{printable(model)} takes images of {config["input_size"][0]} channels; gates reads RGB images'
         )
     pictures.transform = create_transform(**config, is_training=False)
-    outputs = outputs_of(network, pictures)
+    outputs, how = outputs_of(network, pictures)
 
     loader = DataLoader(pictures, batch_size, num_workers=workers if len(pictures) > 200 else 0)
     try:
@@ -93,7 +93,7 @@ def write_report(
         drawn = write_pictures(folder, measured, title, shown)
         if overlay:
             drawn += _write_overlays(folder, network, pictures, measured, overlay, title)
-        text = report(measured, title, settings, drawn, adds_identity=any(layer.adds_identity for layer in layers))
+        text = report(measured, title, settings, drawn, how, adds_identity=any(layer.adds_identity for layer in layers))
         (folder / 'report.md').write_text(text, encoding='utf-8')
         (folder / 'settings.json').write_text(json.dumps(settings, indent=1) + '\n', encoding='utf-8')
     return text
@@ -139,7 +139,7 @@ def _write_overlays(
     number = classes_of(model)
     names = config_of(model).get('label_names') or []
     if len(names) != number:
-        mapped = dict(zip(outputs_of(model, images) or [], images.classes, strict=False))
+        mapped = dict(zip(outputs_of(model, images)[0] or [], images.classes, strict=False))
         names = [mapped.get(i, f'output {i}') for i in range(number)]
     few = [(image, images.classes[label]) for image, label in map(images.__getitem__, range(min(count, len(images))))]
     try:
@@ -267,7 +267,12 @@ def _cell(value: Any) -> Any:
 
 
 def report(
-    measured: Measurement, title: str, settings: dict[str, Any], pictures: Sequence[str], adds_identity: bool = False
+    measured: Measurement,
+    title: str,
+    settings: dict[str, Any],
+    pictures: Sequence[str],
+    how: str,
+    adds_identity: bool = False,
 ) -> str:
     """What was found, in Markdown: sentences, a table over the blocks, and the pictures.
 
@@ -276,6 +281,7 @@ def report(
         title: Of the model and its data.
         settings: `classes_of_the_data`, the number of classes, and the versions.
         pictures: Names of the files.
+        how: How the right outputs are known, a sentence; see `outputs_of`.
         adds_identity: Whether layers return x + x · s.
     """
     most = settings['classes_of_the_data']
@@ -306,7 +312,7 @@ def report(
         *(f'![{_CAPTIONS[name]}]({name})\n\n{_CAPTIONS[name]}\n' for name in pictures),
         '## What this does not show',
         '',
-        *(f'- {sentence}' for sentence in _limits(measured)),
+        *(f'- {sentence}' for sentence in _limits(measured, how)),
         '',
         f'Measured with timm-senetv2 {settings["timm_senetv2"]}, timm {settings["timm"]}, torch {settings["torch"]}. '
         'settings.json has the settings, the CSV files have the numbers.',
@@ -372,6 +378,8 @@ def _class_specificity(measured: Measurement) -> str:
     if not shares:
         return 'Nothing can be said about differences between classes: that needs two classes, and two images of one.'
     most, least = max(shares, key=lambda s: s[1]), min(shares, key=lambda s: s[1])
+    if most[1] == least[1]:
+        return f'{_share(most[1])} of the variance of a gate lies between classes, in every block.'
     text = (
         f'{_share(most[1])} of the variance of a gate lies between classes in `{names[most[0]]}`, where it is most, '
         f'and {_share(least[1])} in `{names[least[0]]}`, where it is least; the rest is between images of one class.'
@@ -387,8 +395,9 @@ def _class_specificity(measured: Measurement) -> str:
 
 
 def _rank_correlation(values: Sequence[float]) -> float:
-    """Spearman's, of values with their places."""
-    ranks = torch.tensor(values, dtype=torch.float64).argsort().argsort().double()
+    """Spearman's, of values, not all of them equal, with their places. Equal ones share the mean of their ranks."""
+    given = torch.tensor(values, dtype=torch.float64)
+    ranks = (given[:, None] > given).sum(1) + (given[:, None] == given).sum(1) / 2
     pair = torch.stack([ranks, torch.arange(len(values), dtype=torch.float64)])
     return float(torch.corrcoef(pair)[0, 1])
 
@@ -449,7 +458,7 @@ def _unit_sentences(measured: Measurement) -> list[str]:
         return ['These layers have no hidden units.']
     dead, total = sum(u.never_fire for _, _, u in units), sum(len(u.mean) for _, _, u in units)
     where = [f'`{name}` ({u.never_fire} of {len(u.mean)})' for name, _, u in units if u.never_fire]
-    text = f'{dead} of {total} hidden units never fire: they are at or below 0 for every image.'
+    text = f'{dead} of {total} hidden units never fire: they are 0 for every image.'
     if where:
         text += f' They are in {_list_of(where[:6])}{" and others" * (len(where) > 6)}.'
     found = [text]
@@ -487,7 +496,7 @@ def _unit_sentences(measured: Measurement) -> list[str]:
     return found
 
 
-def _limits(measured: Measurement) -> list[str]:
+def _limits(measured: Measurement, how: str) -> list[str]:
     effect = measured.all_layers
     limits = [
         'One trained model was measured. Another seed gives other gates; what is of the architecture and what of this '
@@ -504,9 +513,7 @@ def _limits(measured: Measurement) -> list[str]:
         limits.append(
             'A correlation says nothing of what hidden units respond to. A branch of one unit has no pairs within.'
         )
-    if measured.accuracy is not None:
-        limits.append('The right output of each class was found by its name, or else by the order of the classes.')
-    return limits
+    return [*limits, how]
 
 
 def _table(measured: Measurement) -> list[str]:

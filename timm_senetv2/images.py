@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,13 @@ from torch.utils.data import Dataset
 from .catalog import config_of
 from .errors import UserError, did_you_mean, one_line, printable, why
 
-IMAGES_A_CLASS = 20  # at least, before a further class is taken
+IMAGES_A_CLASS = 20  # about so many, before a further class is taken
+EXTENSIONS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff')
+_SPLITS = {  # as timm names them, and test
+    'train': ('train', 'training'),
+    'validation': ('validation', 'val', 'valid', 'eval', 'evaluation'),
+    'test': ('test',),
+}
 
 
 class ImageError(UserError):
@@ -32,6 +39,13 @@ def formats() -> list[str]:
     """Pillow's formats but EPS: that is a program, which Pillow has Ghostscript run, whatever the file is called."""
     Image.init()
     return [name for name in Image.ID if name != 'EPS']
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """An image of 16 bits a pixel in 8, over its whole range: Pillow's `convert` would clip it. Others as they are."""
+    if not image.mode.startswith('I'):
+        return image
+    return Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
 
 
 class LabelledImages(Dataset[tuple[Any, int]]):
@@ -59,8 +73,8 @@ class LabelledImages(Dataset[tuple[Any, int]]):
             source: A data set of timm's or torchvision's.
             targets: Class of each of its images.
             all_classes: Names of its classes.
-            limit: Images to take at most: the same number of each class, and of so many classes that each has
-                IMAGES_A_CLASS; classes and images evenly spread.
+            limit: Images to take at most: the same number of each class, and of so many classes, two at least, that
+                each has about IMAGES_A_CLASS; classes and images evenly spread.
             wanted: Names of classes to take in any case.
 
         Raises:
@@ -69,7 +83,7 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         self.name, self._source, self.all_classes = name, source, tuple(map(printable, all_classes))
         self.transform: Callable[[Image.Image], Any] | None = None
         kinds, counts = np.unique(np.asarray(targets), return_counts=True)
-        most = max(1, limit // min(IMAGES_A_CLASS, int(counts.max())))
+        most = max(2, math.ceil(limit / min(IMAGES_A_CLASS, int(counts.max()))))
         first = [_place(name, self.all_classes, kinds) for name in wanted]
         others = [place for place in range(len(kinds)) if place not in first]
         spread = [others[i] for i in _evenly(len(others), max(0, most - len(set(first))))]
@@ -90,8 +104,11 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         image = self.picture(index)
         try:
             return self.transform(image) if self.transform else image, label
-        except Exception as e:  # an image of one pixel, say, that cannot be cropped
-            raise ImageError(f'{self._named(place)} cannot be used: {one_line(e)}; take it away') from None
+        except Exception as e:  # an image of one pixel, say, that cannot be cropped, or a size beyond all memory
+            raise ImageError(
+                f'{self._named(place)}, of {image.width} x {image.height} pixels, cannot be brought to the size of the '
+                f"model's input: {one_line(e)}; take it away, or choose another --img-size"
+            ) from None
 
     def picture(self, index: int) -> Image.Image:
         """The image itself, in RGB, without the transform.
@@ -107,10 +124,12 @@ class LabelledImages(Dataset[tuple[Any, int]]):
             if reader is None:
                 image = self._source[place][0]
             else:
-                with reader[place][0] as file:
+                with reader[place][0] as file, warnings.catch_warnings():
+                    # Pillow warns of large images and refuses those of twice that size
+                    warnings.simplefilter('ignore', Image.DecompressionBombWarning)
                     image = Image.open(file, formats=formats())
                     image.load()
-            return image.convert('RGB')  # type: ignore[no-any-return]
+            return eight_bits(image).convert('RGB')
         except Exception as e:  # each of Pillow's decoders has its own for damaged files
             raise ImageError(
                 f'{self._named(place)} cannot be read as an image ({one_line(e)}); repair it or take it away'
@@ -134,12 +153,12 @@ def open_images(
     Args:
         data: The folder. Of images: with a folder for each class, or such a folder for each split.
         dataset: '' for a folder of images; 'torch/NAME' for a data set of torchvision's, as timm names them.
-        split: Such as 'validation' or 'train'; timm finds val, eval, test and the like.
+        split: 'validation', which is `test` where there is none, 'train', 'test', or the name of a folder.
         download: Download torchvision's data set into the folder where it is not there.
         limit, wanted: See `LabelledImages`.
 
     Raises:
-        UserError: There are no images, no classes, or no such data set.
+        UserError: There are no images, no classes, or no such data set or split.
     """
     data, shown = Path(data), printable(data)
     if not data.is_dir() and not download:
@@ -149,7 +168,11 @@ def open_images(
             f"--dataset takes 'torch/NAME', such as torch/cifar10, or is left out, got {printable(dataset)!r}"
         )
     try:
-        source: Any = create_dataset(dataset, root=str(data), split=split, download=download)
+        if dataset:
+            source: Any = create_dataset(dataset, root=str(data), split=split, download=download)
+        else:
+            folder = _split_folder(data, split)
+            source = create_dataset('', root=str(folder), search_split=False, input_key=';'.join(EXTENSIONS))
     except AssertionError as e:  # timm's word for a name that it does not know
         raise UserError(f'{printable(dataset)}: {one_line(e)}') from None
     except OSError as e:
@@ -158,6 +181,9 @@ def open_images(
         more = '; --dataset-download downloads it' if dataset and not download else ''
         raise UserError(f'{shown} holds no images that can be used: {one_line(e)}{more}') from None
     if dataset:
+        known = [synonym for synonyms in _SPLITS.values() for synonym in synonyms]
+        if isinstance(getattr(source, 'train', None), bool) and split not in known:  # timm takes it for the test images
+            raise UserError(f'--split must be train, validation or test, got {printable(split)!r}')
         names = [str(name) for name in getattr(source, 'classes', [])]
         targets = [int(target) for target in getattr(source, 'targets', [])]
         name = f'{dataset.partition("/")[2]}, {split}'
@@ -174,21 +200,63 @@ def open_images(
     return LabelledImages(name, source, targets, names, limit, wanted)
 
 
-def outputs_of(model: nn.Module, images: LabelledImages) -> list[int] | None:
-    """The model's output for each class of the images; None where it cannot be known.
+def _split_folder(data: Path, split: str) -> Path:
+    """The folder of a split, which holds a folder for each class; the folder itself where it has no splits.
 
-    By name, where the names of the classes are those of the model's labels or of ImageNet's; else by order, where the
-    data has as many classes as the model has outputs.
+    Raises:
+        UserError: There are splits, and not this one.
+    """
+    there = {
+        kind: folder
+        for kind, synonyms in _SPLITS.items()
+        for folder in map(data.joinpath, reversed(synonyms))
+        if folder.is_dir() and any(path.is_dir() for path in folder.iterdir())
+    }
+    kind = next((kind for kind, synonyms in _SPLITS.items() if split in synonyms), None)
+    if kind is None and split and (data / split).is_dir():
+        return data / split
+    if kind in there:
+        return there[kind]
+    if kind == 'validation' and 'test' in there:
+        return there['test']
+    if there or kind is None:
+        names = ', '.join(folder.name for folder in there.values())
+        parts = f'has {names}' if there else 'has no parts'
+        raise UserError(
+            f'{printable(data)} {parts} and no {printable(split)}; --split says which part is to be measured'
+            + (f': {names}' if there else '; leave it out')
+        )
+    return data
+
+
+def outputs_of(model: nn.Module, images: LabelledImages) -> tuple[list[int] | None, str]:
+    """The model's output for each class of the images, None where it cannot be known; and how it is known, a sentence.
+
+    By name, where the model, or ImageNet, has names for its outputs and all classes are among them; by order, where the
+    outputs have no names and are as many as the classes of the data.
     """
     config = config_of(model)
     number = int(getattr(model, 'num_classes', 0))
     known = config.get('label_names') or []
     if not known and (subset := infer_imagenet_subset(config)) is not None:
         known = ImageNetInfo(subset).label_names()
-    places = {_plain(name): i for i, name in enumerate(known)}
-    if len(known) == number and all(_plain(name) in places for name in images.all_classes):
-        return [places[_plain(name)] for name in images.classes]
-    return images.class_indices if number and len(images.all_classes) == number else None
+    if number and len(known) == number:
+        places = {_plain(name): i for i, name in enumerate(known)}
+        missing = [name for name in images.all_classes if _plain(name) not in places]
+        if not missing:
+            return [
+                places[_plain(name)] for name in images.classes
+            ], 'The right output of each class is that of its name.'
+        return None, (
+            f'Whether the model is right is not known, for it has no output named {missing[0]!r}'
+            f'{f" and {len(missing) - 1} others of the classes" * (len(missing) > 1)}; folders that are named as its '
+            'labels would tell.'
+        )
+    if number and len(images.all_classes) == number:
+        return images.class_indices, (
+            "The model's outputs have no names: the right one of each class was found by the order of the classes."
+        )
+    return None, f'Whether the model is right is not known: its {number} outputs have no names.'
 
 
 def _place(name: str, names: Sequence[str], kinds: Any) -> int:

@@ -37,13 +37,17 @@ def main(argv: Sequence[str]) -> None:
         help='a data set of torchvision in DIR, such as torch/cifar10, as for train.py',
     )
     parser.add_argument('--dataset-download', action='store_true', help='download that data set into DIR')
-    parser.add_argument('--split', default='validation', help='part of the data (default: validation, or test)')
+    parser.add_argument(
+        '--split',
+        default='validation',
+        help='part of the data: train, validation, test, or a folder (default: validation, or else test)',
+    )
     parser.add_argument(
         '--images',
         type=int,
         default=1000,
         metavar='N',
-        help='images at most, as many of each class; of so many classes that each has 20 (default: 1000)',
+        help='images at most, as many of each class; of so many classes that each has about 20 (default: 1000)',
     )
     parser.add_argument(
         '--effect-images', type=int, metavar='N', help='of these, images to replace gates on; 0: none (default: all)'

@@ -6,12 +6,12 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.models import get_pretrained_cfg
 
 from .. import register
 from ..errors import UserError
+from ..images import eight_bits
 
 MOST_BYTES = 10 * 2**20
 MOST_PIXELS = 40_000_000
@@ -80,9 +80,7 @@ def _too_large(what: str) -> str:
 
 
 def _as_seen(file: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(file)
-    if image.mode.startswith('I'):  # 16 bits a pixel, which Pillow would clip to 8
-        return Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8)).convert('RGB')
+    image = eight_bits(ImageOps.exif_transpose(file))
     if image.has_transparency_data:
         image = image.convert('RGBA')
         white = Image.new('RGBA', image.size, 'white')
