@@ -375,3 +375,12 @@ def test_link_to_share_that_cannot_be_opened_costs_one_line(tmp_path):
     )
     assert (done.returncode, done.stdout, done.stderr.count('\n')) == (2, '', 1), done.stderr
     assert 'no link could be opened to share the page (Gradio: Could not create share link. ' in done.stderr
+
+
+def test_sigterm_leaves_nothing_behind(tmp_path):
+    server, _ = start('--models', OURS, cwd=tmp_path, TMPDIR=str(tmp_path))
+    assert list(tmp_path.glob('timm-senetv2-demo-*'))
+    server.terminate()
+    error = server.communicate(timeout=PATIENCE)[1]
+    assert server.returncode == 128 + signal.SIGTERM and 'Traceback' not in error
+    assert not list(tmp_path.iterdir())

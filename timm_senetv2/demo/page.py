@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -33,7 +34,7 @@ _CSS = """
 
 
 def serve(settings: Settings) -> None:
-    """Serve the page until Ctrl-C.
+    """Serve the page until Ctrl-C or SIGTERM.
 
     Uploads lie in a folder of their own, which goes when the server ends. Nothing is sent anywhere, except that models
     are downloaded from the Hub, and that `share` is a tunnel through Gradio's servers.
@@ -45,7 +46,14 @@ def serve(settings: Settings) -> None:
     port = _free_port(settings.host, settings.port)
     with tempfile.TemporaryDirectory(prefix='timm-senetv2-demo-', ignore_cleanup_errors=True) as folder:
         with _environment(folder):
+            _end_by_sigterm()
             _serve(settings, choices, port)
+
+
+def _end_by_sigterm() -> None:
+    """Have SIGTERM, what service managers send, end the process as an exit does: with the uploads deleted."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def _serve(settings: Settings, choices: Choices, port: int) -> None:
