@@ -440,3 +440,13 @@ def test_floor_follows_from_the_bytes_that_attention_adds(tmp_path):
     write_csv(tmp_path / 'cpu.csv', list(speeds[0]), speeds)
     table = traffic.table(tmp_path / 'traffic.csv', tmp_path / 'cpu.csv')
     assert f'| {setting} | 100 | 30 | 50 | 12 | 50.0 | 0.750 | 0.600 |' in table.splitlines()
+
+
+def test_parts_of_the_suite_are_one_command_and_others_stand_beside_it():
+    suite, other = 'python scripts/benchmark.py --suite', 'python scripts/benchmark.py --models resnet18'
+    commands = (f'{suite} inference training', other, f'{suite} layers inference', other, f'{suite} models --quick')
+    rows = [dict(command=command, machine='a CPU', threads=1, torch='2', timm='1') for command in commands]
+    text = report.measured_with(rows)
+    assert text.startswith(
+        f'Measured with `{suite} inference training layers`, `{other}`, `{suite} models --quick` on a CPU, 1 threads'
+    )

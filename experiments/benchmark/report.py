@@ -1,6 +1,7 @@
 """The files of a benchmark: tables of numbers, the same in Markdown, and a chart. All follow from the rows."""
 
 import csv
+import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -217,10 +218,20 @@ def beside_table(rows: list[Row]) -> str:
     return '\n'.join(lines)
 
 
+def _together(commands: Iterable[str]) -> list[str]:
+    """Each command once, and all that measured parts of the suite as the one that measures them in one go."""
+    suite = re.compile(r'(.* --suite) ((?:[a-z][\w-]* ?)+)')
+    parts: dict[str, list[str]] = {}
+    for command in commands:
+        match = suite.fullmatch(command)
+        parts.setdefault(match[1] if match else command, []).extend(match[2].split() if match else ())
+    return [' '.join((command, *dict.fromkeys(names))) for command, names in parts.items()]
+
+
 def measured_with(rows: list[Row]) -> str:
     """A sentence or two: the commands, the machine, and what the figures are."""
     first = rows[0]
-    commands = ', '.join(f'`{command}`' for command in dict.fromkeys(row['command'] for row in rows))
+    commands = ', '.join(f'`{command}`' for command in _together([row['command'] for row in rows]))
     return (
         f'Measured with {commands} on {first["machine"]}, {first["threads"]} threads, torch {first["torch"]}, timm '
         f'{first["timm"]}: medians over interleaved rounds.'
