@@ -14,6 +14,7 @@ from .statistics import Difference, difference
 RESULTS = Path(__file__).parents[1] / 'results'
 SETTINGS = {
     'same': 'same 5,000 images',
+    'same_shipped': '5,000 of the same 60,000 images, shipped weights',
     '100': 'Fashion-MNIST, 100 a class',
     '100_shipped': 'Fashion-MNIST, 100 a class, shipped weights',
     'digits': 'digits, 20 a class',
