@@ -220,6 +220,20 @@ def tie_the_memory(model: nn.Module) -> None:
     model.layer2[0].bn3.bias.data = model.layer2[0].downsample[1].bias.data
 
 
+def call_the_norm_twice(model: nn.Module) -> None:
+    model.layer2[0].bn2 = model.layer2[0].bn3
+
+
+def overlap_in_memory(model: nn.Module) -> None:
+    both = torch.rand(700)
+    model.layer2[0].bn3.weight = nn.Parameter(both[:512])
+    model.layer2[0].bn3.bias = nn.Parameter(both[188:])
+
+
+def keep_a_view(model: nn.Module) -> None:
+    model.register_buffer('view', model.layer2[0].bn3.weight.data[5:9])
+
+
 def replace_forward(name: str):
     def alter(model: nn.Module) -> None:
         module = model.get_submodule(name)
@@ -254,6 +268,13 @@ def fold_into(conv):
         (share_the_norm, 'its bn3 is shared with another module'),
         (tie_the_weight, 'its bn3 is shared with another module'),
         (tie_the_memory, 'its bn3 is shared with another module'),
+        (call_the_norm_twice, 'its bn3 is shared with another module'),
+        (overlap_in_memory, 'its bn3 is shared with another module'),
+        (keep_a_view, 'its bn3 is shared with another module'),
+        (
+            lambda m: setattr(m.layer2[0].bn3, 'weight', nn.Parameter(torch.ones(1).expand(512))),
+            'its bn3 has a parameter whose elements share memory',
+        ),
         (infer, 'its bn3 was made in inference mode'),
         (lambda m: m.layer2[0].bn3.weight.data.fill_(2e38), 'twice the parameters of its bn3 would'),
         (lambda m: m.layer2[0].bn3.register_forward_hook(lambda *a: None), 'its bn3 has hooks'),
@@ -263,6 +284,7 @@ def fold_into(conv):
         (lambda m: prune.l1_unstructured(m.layer2[0].bn3, 'weight', 0.5), 'its bn3 has hooks'),
         (replace_forward('layer2.0.bn3'), 'its bn3 has a forward that is not of its class'),
         (replace_forward('layer2.0'), 'its forward is not that of its class'),
+        (lambda m: setattr(m.layer2[0], 'conv3', nn.LazyConv2d(512, 1)), 'its conv3 is a LazyConv2d without a plain'),
         (fold_into(lambda: torch.ao.nn.quantized.Conv2d(128, 512, 1)), 'its conv3 is a Conv2d without a plain'),
         (fold_into(lambda: parametrizations.weight_norm(nn.Conv2d(128, 512, 1))), 'its conv3 is a ParametrizedConv2d'),
     ],
@@ -277,6 +299,36 @@ def test_block_that_cannot_be_proved_equal_is_refused_and_the_model_unchanged(al
     assert {name: (m, type(m)) for name, m in model.named_modules()} == modules
     for name, value in values.items():
         assert torch.equal(model.get_parameter(name), value), name
+
+
+@pytest.mark.parametrize(('name', 'said'), [('layer2', 'layer2'), ('', 'the model')])
+def test_block_in_something_whose_forward_was_replaced_is_refused(name, said):
+    model = small()
+    replace_forward(name)(model)
+    before = copy.deepcopy(dict(model.named_parameters()))
+    with pytest.raises(ValueError, match=f'cannot take attention: {said} has a forward that is not of its class'):
+        add_attention(model)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_parameters_apart_in_one_storage_are_not_shared():
+    model = small()
+    both = torch.rand(1024)
+    model.layer2[0].bn3.weight = nn.Parameter(both[:512])
+    model.layer2[0].bn3.bias = nn.Parameter(both[512:])
+    randomize(model, images(2, 64))
+    model.eval()
+    x = images(2, 64)
+    expected = model(x)
+    assert torch.equal(add_attention(model)(x), expected)
+
+
+def test_attention_added_in_inference_mode_can_be_trained():
+    model = small()
+    with torch.inference_mode():
+        add_attention(model)
+    model(images(2, 64)).sum().backward()
+    assert all(layer.fc2.weight.grad is not None for layer in sae_layers(model).values())
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,16 @@ def share_a_layer(model: nn.Module) -> None:
     model[1].fc1 = model[0].fc1
 
 
+def tie_within(model: nn.Module) -> None:
+    model[1].fc1 = nn.Conv2d(16, 16, 1)
+    model[1].fc2 = model[1].fc1
+
+
+def replace_forward_around(model: nn.Module) -> None:
+    forward = model.forward
+    model.forward = lambda x: forward(x)
+
+
 def drop_a_bias(model: nn.Module) -> None:
     model[1].fc2.bias = None
 
@@ -202,6 +212,8 @@ def hook(register: str, target: str):
         (tie_memory, '^0 .* fc2 shares its weights with another layer'),
         (tie_to_outside, '^1 .* fc1 shares its weights with another layer'),
         (share_a_layer, '^0 .* fc1 shares its weights with another layer'),
+        (tie_within, '^1 .* fc1 shares its weights with another layer'),
+        (replace_forward_around, '^0 .* the model has a forward that is not of its class'),
         (drop_a_bias, 'only its fc1 has a bias'),
         (drop_hidden_units, 'fc1 and fc2 do not belong together'),
         (lambda m: m[1].fc2.double(), 'differ in dtype'),

@@ -264,6 +264,14 @@ def test_plain_source_in_other_dtypes(dtype, tmp_path):
     assert torch.equal(ours(x), source(x))
 
 
+def test_plain_source_is_rounded_to_half_precision_before_it_is_doubled(tmp_path):
+    source = plain_source('resnet18')
+    with torch.no_grad():
+        source.layer2[0].bn2.weight.copy_(torch.linspace(1e-6, 4e-5, 128))  # float16 has few digits down there
+    ours = from_plain('senetv2_resnet18', saved(source, tmp_path), dtype=torch.float16)
+    assert torch.equal(ours.layer2[0].bn2.weight, 2 * source.layer2[0].bn2.weight.half())
+
+
 def test_plain_source_too_large_to_be_doubled_is_refused_in_half_precision_alone(tmp_path):
     source = plain_source('resnet18').half()
     source.layer2[1].bn2.weight.data[3] = 40_000  # float16 ends at 65,504

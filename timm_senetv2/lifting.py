@@ -16,6 +16,7 @@ from timm.models.efficientnet import SqueezeExcite
 from timm.models.senet import SEModule as OriginalSEModule
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torchvision.models import resnet as torchvision_resnet  # type: ignore[import-untyped]
 
 from .layers import SqueezeAggregatedExcitation
@@ -29,31 +30,39 @@ Model = TypeVar('Model', bound=nn.Module)
 
 
 class _Uses(NamedTuple):
-    """How many modules hold each child, and how many places hold each parameter, in one model."""
+    """Which places of one model hold each child, and each piece of memory."""
 
-    parents: Counter[int]
-    holders: Counter[tuple[str, int]]
+    places: Counter[int]  # names under which a module stands in others, by its id
+    memory: dict[int, list[tuple[int, int]]]  # first and last byte of each tensor, by the address of its storage
 
     @classmethod
     def of(cls, model: nn.Module) -> '_Uses':
-        parents, holders = Counter[int](), Counter[tuple[str, int]]()
+        places, memory = Counter[int](), dict[int, list[tuple[int, int]]]()
         for module in model.modules():
-            parents.update({id(child) for child in module.children()})
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    holders.update(_identities(parameter))
-        return cls(parents, holders)
+            places.update(id(child) for child in module._modules.values() if child is not None)
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None and (found := _memory_of(tensor)):
+                    memory.setdefault(found[0], []).append(found[1])
+        return cls(places, memory)
 
     def is_shared(self, parameter: nn.Parameter) -> bool:
-        return any(self.holders[identity] > 1 for identity in _identities(parameter))
+        """Whether a second tensor, or the same under a second name, lies in the same memory, if only in part."""
+        found = _memory_of(parameter)
+        if found is None:
+            return False
+        first, last = found[1]
+        return sum(start <= last and first <= end for start, end in self.memory[found[0]]) > 1
 
 
-def _identities(parameter: nn.Parameter) -> list[tuple[str, int]]:
-    """The object, and its memory where it has any: two parameters may share that too."""
-    found = [('object', id(parameter))]
-    if type(parameter) is nn.Parameter and parameter.layout == torch.strided and parameter.data_ptr():
-        found.append(('memory', parameter.data_ptr()))
-    return found
+def _memory_of(tensor: torch.Tensor) -> tuple[int, tuple[int, int]] | None:
+    """Address of a tensor's storage, and of its first and last byte; on the meta device, of an empty one, its id."""
+    if type(tensor) not in (nn.Parameter, torch.Tensor) or tensor.layout != torch.strided:
+        return id(tensor), (0, 0)
+    if not tensor.data_ptr():
+        return id(tensor), (0, 0)
+    reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    start = tensor.data_ptr()
+    return tensor.untyped_storage().data_ptr(), (start, start + reach * tensor.element_size() - 1)
 
 
 # torch tells nothing of hooks in public
@@ -106,6 +115,19 @@ def _altered(
             return f'has a {name} that is not a plain floating-point parameter but a {_kind(parameter)}'
         if parameter._backward_hooks or getattr(parameter, '_post_accumulate_grad_hooks', None):
             return f'has a {name} whose gradient has hooks'
+    return None
+
+
+def _replaced_forward(model: nn.Module, name: str) -> str | None:
+    """The first module around `name` whose forward is not of its class, and may not call what it holds; or None."""
+    parts = name.split('.')[:-1]
+    for around in ('.'.join(parts[:count]) for count in range(len(parts) + 1)):
+        module = model.get_submodule(around)
+        forward = vars(module).get('forward')
+        of_class = getattr(forward, '__func__', None) is type(module).forward
+        own = of_class and getattr(forward, '__self__', None) is module
+        if name and forward is not None and not own:
+            return around or 'the model'
     return None
 
 
@@ -190,6 +212,9 @@ def lift(model: Model, reduction: int = 32, cardinality: int = 4) -> Model:
     uses = _Uses.of(model)
     for se, (name, *_) in names.items():
         reason = _why_not_lifted(se, uses)
+        around = next(filter(None, (_replaced_forward(model, place) for place in names[se])), None)
+        if around and not reason:
+            reason = f'{around} has a forward that is not of its class, which may not call it'
         if reason:
             raise ValueError(f'{name or "the layer"} ({type(se).__name__}) cannot be lifted: {reason}')
     _refuse_parallel(model)
@@ -236,7 +261,7 @@ def _why_not_lifted(se: nn.Module, uses: _Uses) -> str | None:
         reason = _altered(conv, parameters=('weight', 'bias'))
         if reason:
             return f'its {name} {reason}'
-        if uses.parents[id(conv)] > 1 or any(uses.is_shared(p) for p in conv.parameters()):
+        if uses.places[id(conv)] > 1 or any(uses.is_shared(p) for p in conv.parameters()):
             return f'its {name} shares its weights with another layer'
     assert isinstance(first, nn.Conv2d) and isinstance(second, nn.Conv2d)
     if (first.bias is None) != (second.bias is None):
@@ -265,6 +290,7 @@ def _parts(se: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
     return getattr(se, first), getattr(se, act), getattr(se, second), getattr(se, gate)
 
 
+@torch.inference_mode(False)  # parameters made in that mode could never be trained
 def _sae_like(se: nn.Module, reduction: int, cardinality: int) -> SqueezeAggregatedExcitation:
     first, act, second, gate = _parts(se)
     assert isinstance(first, nn.Conv2d) and isinstance(second, nn.Conv2d)
@@ -333,8 +359,9 @@ def add_attention(model: Model, reduction: int = 32, cardinality: int = 4) -> Mo
 
     The layer comes after the last norm of the residual branch, before the shortcut is added. Its second dense layer is
     zero, so each gate is sigmoid(0) = 1/2, and weight and bias of that norm are doubled. Both are exact in binary
-    floating point, so the outputs stay the same to the last bit, in inference and in training, short of overflow. At
-    1/2 the sigmoid is steepest: the attention trains from the first step on.
+    floating point, so the outputs stay the same to the last bit, in inference and in training, short of overflow and
+    of float16's smallest numbers, below 6e-5. At 1/2 the sigmoid is steepest: the attention trains from the first step
+    on.
 
     Names in the state dict stay, and `<block>.se.*` are new. A saved state dict loads into the model built again, with
     attention added again. Build the optimizer, and wrap or compile the model, afterwards.
@@ -365,6 +392,8 @@ def add_attention(model: Model, reduction: int = 32, cardinality: int = 4) -> Mo
     uses = _Uses.of(model)
     for name, block in without.items():
         reason = _why_no_attention(block, uses)
+        if not reason and (around := _replaced_forward(model, name)):
+            reason = f'{around} has a forward that is not of its class, which may not call it'
         if reason:
             raise ValueError(f'{name or "the block"} ({type(block).__name__}) cannot take attention: {reason}')
     _refuse_parallel(model)
@@ -415,7 +444,7 @@ def _why_no_attention(block: nn.Module, uses: _Uses) -> str | None:
     conv_name, norm_name, _ = _BLOCKS[type(block)]
     conv, norm = getattr(block, conv_name), getattr(block, norm_name)
     weight = getattr(conv, 'weight', None)
-    if not isinstance(weight, torch.Tensor) or weight.dtype not in _DTYPES:
+    if not isinstance(weight, torch.Tensor) or is_lazy(weight) or weight.dtype not in _DTYPES:
         return f'its {conv_name} is a {type(conv).__name__} without a plain floating-point weight'
     if type(norm) is nn.Identity:
         if _altered(norm):
@@ -431,9 +460,11 @@ def _why_no_attention(block: nn.Module, uses: _Uses) -> str | None:
     reason = _altered(last, parameters=('weight', 'bias'), buffers=buffers)
     if reason:
         return f'its {name} {reason}'
-    if uses.parents[id(last)] > 1 or any(uses.is_shared(p) for p in last.parameters()):
+    if uses.places[id(last)] > 1 or any(uses.is_shared(p) for p in last.parameters()):
         return f'its {name} is shared with another module'
     for parameter in last.parameters():
+        if any(size > 1 and step == 0 for size, step in zip(parameter.shape, parameter.stride(), strict=True)):
+            return f'its {name} has a parameter whose elements share memory'
         if parameter.is_inference():
             return f'its {name} was made in inference mode and cannot be changed'
         if not parameter.is_meta and (2 * parameter.detach()).isinf().any():
@@ -441,6 +472,7 @@ def _why_no_attention(block: nn.Module, uses: _Uses) -> str | None:
     return None
 
 
+@torch.inference_mode(False)
 def _idle_sae(block: nn.Module, reduction: int, cardinality: int) -> SqueezeAggregatedExcitation:
     weight: torch.Tensor = getattr(block, _BLOCKS[type(block)][0]).weight
     layer = SqueezeAggregatedExcitation(

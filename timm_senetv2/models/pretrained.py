@@ -159,8 +159,8 @@ def _with_idle_attention(
 
 def _doubled(key: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Twice a tensor that is going to be loaded as this dtype; raises a RuntimeError where that would overflow."""
-    doubled = 2 * tensor.to(torch.promote_types(tensor.dtype, dtype))  # what float16 cannot hold, a float32 model can
-    if not tensor.is_meta and (doubled.to(dtype).isinf() & tensor.isfinite()).any():
+    doubled = 2 * tensor.to(dtype)  # rounded before it is doubled, as in the model without attention
+    if not tensor.is_meta and (doubled.isinf() & tensor.isfinite()).any():
         raise RuntimeError(
             f'{key} holds values whose double overflows in {str(dtype).removeprefix("torch.")}, and weights without '
             'attention are doubled to start with it; build the model in float32'
