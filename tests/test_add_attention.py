@@ -311,6 +311,22 @@ def test_block_in_something_whose_forward_was_replaced_is_refused(name, said):
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
+def test_compiled_models_and_parts_of_models_take_attention():
+    model = small()
+    randomize(model, images(2, 64))
+    model.eval()
+    model.layer3 = torch.compile(model.layer3, backend='eager')
+    model.layer4[0].forward = model.layer4[0].forward  # as accelerate leaves it
+    whole = torch.compile(model, backend='eager')
+    x = images(2, 64)
+    expected = whole(x)
+    assert torch.equal(add_attention(whole)(x), expected)
+    with torch.no_grad():
+        for layer in sae_layers(model).values():
+            layer.fc2.bias.fill_(9)
+    assert not torch.equal(whole(x), expected)
+
+
 def test_parameters_apart_in_one_storage_are_not_shared():
     model = small()
     both = torch.rand(1024)
@@ -365,9 +381,15 @@ def test_failure_in_the_middle_leaves_the_model_unchanged(build, monkeypatch):
     before = copy.deepcopy(model)
     classes = {name: type(m) for name, m in model.named_modules()}
     last = model.layer4[0]
-    norm = last_norm(last)
-    norm.bias = nn.Parameter(torch.zeros(1).expand_as(norm.bias))  # every element is one and the same
-    with pytest.raises(RuntimeError, match='single memory location'):
+    set_attribute = nn.Module.__setattr__
+
+    def fail_at_last(module: nn.Module, name: str, value: object) -> None:
+        if module is last and name == 'se':
+            raise RuntimeError('no memory left')
+        set_attribute(module, name, value)
+
+    with pytest.raises(RuntimeError, match='no memory left'), monkeypatch.context() as patched:
+        patched.setattr(nn.Module, '__setattr__', fail_at_last)
         add_attention(model)
     assert {name: type(m) for name, m in model.named_modules()} == classes
     for name, tensor in before.state_dict().items():

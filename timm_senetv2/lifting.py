@@ -118,15 +118,20 @@ def _altered(
     return None
 
 
-def _replaced_forward(model: nn.Module, name: str) -> str | None:
-    """The first module around `name` whose forward is not of its class, and may not call what it holds; or None."""
+def _has_replaced_forward(module: nn.Module) -> bool:
+    """Whether its forward is not of its class. accelerate leaves the class's own behind when it removes its hooks."""
+    forward = vars(module).get('forward')
+    if forward is None or '_orig_mod' in module._modules:  # torch.compile's wrapper, which compiles anew when asked to
+        return False
+    of_class = getattr(forward, '__func__', None) is type(module).forward
+    return not (of_class and getattr(forward, '__self__', None) is module)
+
+
+def _replaced_around(model: nn.Module, name: str) -> str | None:
+    """The first module around `name` whose forward was replaced, so that it may not call what it holds; or None."""
     parts = name.split('.')[:-1]
     for around in ('.'.join(parts[:count]) for count in range(len(parts) + 1)):
-        module = model.get_submodule(around)
-        forward = vars(module).get('forward')
-        of_class = getattr(forward, '__func__', None) is type(module).forward
-        own = of_class and getattr(forward, '__self__', None) is module
-        if name and forward is not None and not own:
+        if name and _has_replaced_forward(model.get_submodule(around)):
             return around or 'the model'
     return None
 
@@ -212,7 +217,7 @@ def lift(model: Model, reduction: int = 32, cardinality: int = 4) -> Model:
     uses = _Uses.of(model)
     for se, (name, *_) in names.items():
         reason = _why_not_lifted(se, uses)
-        around = next(filter(None, (_replaced_forward(model, place) for place in names[se])), None)
+        around = next(filter(None, (_replaced_around(model, place) for place in names[se])), None)
         if around and not reason:
             reason = f'{around} has a forward that is not of its class, which may not call it'
         if reason:
@@ -392,7 +397,7 @@ def add_attention(model: Model, reduction: int = 32, cardinality: int = 4) -> Mo
     uses = _Uses.of(model)
     for name, block in without.items():
         reason = _why_no_attention(block, uses)
-        if not reason and (around := _replaced_forward(model, name)):
+        if not reason and (around := _replaced_around(model, name)):
             reason = f'{around} has a forward that is not of its class, which may not call it'
         if reason:
             raise ValueError(f'{name or "the block"} ({type(block).__name__}) cannot take attention: {reason}')
@@ -439,7 +444,7 @@ def _why_no_attention(block: nn.Module, uses: _Uses) -> str | None:
     """Why it is not certain that the block computes the same with attention, or None."""
     if type(block) not in _BLOCKS:
         return "its class is not timm's or torchvision's own"
-    if 'forward' in vars(block):
+    if _has_replaced_forward(block):
         return 'its forward is not that of its class'
     conv_name, norm_name, _ = _BLOCKS[type(block)]
     conv, norm = getattr(block, conv_name), getattr(block, norm_name)
