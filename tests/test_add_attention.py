@@ -243,11 +243,6 @@ def replace_forward(name: str):
     return alter
 
 
-def infer(model: nn.Module) -> None:
-    with torch.inference_mode():
-        model.layer2[0].bn3 = nn.BatchNorm2d(512)
-
-
 def fold_into(conv):
     def alter(model: nn.Module) -> None:
         model.layer2[0].bn3 = nn.Identity()
@@ -275,7 +270,6 @@ def fold_into(conv):
             lambda m: setattr(m.layer2[0].bn3, 'weight', nn.Parameter(torch.ones(1).expand(512))),
             'its bn3 has a parameter whose elements share memory',
         ),
-        (infer, 'its bn3 was made in inference mode'),
         (lambda m: m.layer2[0].bn3.weight.data.fill_(2e38), 'twice the parameters of its bn3 would'),
         (lambda m: m.layer2[0].bn3.register_forward_hook(lambda *a: None), 'its bn3 has hooks'),
         (lambda m: m.layer2[0].bn3.register_full_backward_hook(lambda *a: None), 'its bn3 has hooks'),
@@ -337,6 +331,54 @@ def test_parameters_apart_in_one_storage_are_not_shared():
     x = images(2, 64)
     expected = model(x)
     assert torch.equal(add_attention(model)(x), expected)
+
+
+def test_what_was_taken_from_the_model_before_keeps_its_values():
+    model = small()
+    randomize(model, images(2, 64))
+    model.eval()
+    x = images(2, 64)
+    expected, norm = model(x), model.layer2[0].bn3
+    state, traced, weight = model.state_dict(), torch.jit.trace(model, x, check_trace=False), norm.weight
+    add_attention(model)
+    again = small().eval()
+    again.load_state_dict(state)
+    assert torch.equal(again(x), expected)
+    assert torch.equal(traced(x), expected)
+    assert norm.weight is not weight and torch.equal(norm.weight, 2 * weight)
+
+
+def test_marks_and_memory_format_of_doubled_parameters_stay():
+    model = small().double()
+    conv = nn.Conv2d(128, 512, 1).double().to(memory_format=torch.channels_last)
+    model.layer2[0].bn3, model.layer2[0].conv3 = nn.Identity(), conv
+    conv.weight._no_weight_decay = True
+    conv.bias.requires_grad_(False)
+    stride = conv.weight.stride()
+    add_attention(model)
+    assert conv.weight._no_weight_decay and conv.weight.stride() == stride
+    assert conv.weight.requires_grad and not conv.bias.requires_grad
+    assert type(conv.weight) is nn.Parameter and conv.weight.dtype == torch.float64
+
+
+def test_block_in_two_places_is_checked_at_both():
+    model = nn.ModuleDict({'first': nn.Sequential(small().layer1[0])})
+    model['second'] = nn.Sequential(model['first'][0])
+    second = model['second']
+    second.forward = lambda x: x
+    with pytest.raises(ValueError, match=r'^first\.0 \(Bottleneck\) cannot take attention: second has a forward'):
+        add_attention(model)
+    del second.forward
+    add_attention(model)
+    assert model['second'][0].se is model['first'][0].se
+
+
+def test_model_made_in_inference_mode_can_take_attention():
+    with torch.inference_mode():
+        model = small().eval()
+        x = images(2, 64)
+        expected = model(x)
+        assert torch.equal(add_attention(model)(x), expected)
 
 
 def test_attention_added_in_inference_mode_can_be_trained():

@@ -5,7 +5,7 @@ The module is not called lift, because a submodule of that name would take the p
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -127,6 +127,32 @@ def _has_replaced_forward(module: nn.Module) -> bool:
     return not (of_class and getattr(forward, '__self__', None) is module)
 
 
+def _places(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> dict[nn.Module, list[str]]:
+    """Each module of these kinds with every name under which it stands in the model."""
+    places: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, kinds):
+            places.setdefault(module, []).append(name)
+    return places
+
+
+def _refuse_uncertain(
+    model: nn.Module,
+    places: Mapping[nn.Module, list[str]],
+    why_not: Callable[[nn.Module, _Uses], str | None],
+    cannot: str,
+) -> None:
+    """Raise a ValueError for the first of these modules that may compute something else once it is changed."""
+    uses = _Uses.of(model)
+    for module, names in places.items():
+        reason = why_not(module, uses)
+        around = next(filter(None, (_replaced_around(model, name) for name in names)), None)
+        if around and not reason:
+            reason = f'{around} has a forward that is not of its class, which may not call it'
+        if reason:
+            raise ValueError(f'{names[0] or "the module"} ({type(module).__name__}) cannot {cannot}: {reason}')
+
+
 def _replaced_around(model: nn.Module, name: str) -> str | None:
     """The first module around `name` whose forward was replaced, so that it may not call what it holds; or None."""
     parts = name.split('.')[:-1]
@@ -208,20 +234,10 @@ def lift(model: Model, reduction: int = 32, cardinality: int = 4) -> Model:
             or parametrized parts, weights shared with other layers. Says which and why; the model is unchanged then.
     """
     _check_arguments(model, reduction, cardinality)
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, SE_CLASSES):
-            names.setdefault(module, []).append(name)
+    names = _places(model, SE_CLASSES)
     if not names:
         raise ValueError(f'{type(model).__name__} holds no SEModule or SqueezeExcite, so there is nothing to lift')
-    uses = _Uses.of(model)
-    for se, (name, *_) in names.items():
-        reason = _why_not_lifted(se, uses)
-        around = next(filter(None, (_replaced_around(model, place) for place in names[se])), None)
-        if around and not reason:
-            reason = f'{around} has a forward that is not of its class, which may not call it'
-        if reason:
-            raise ValueError(f'{name or "the layer"} ({type(se).__name__}) cannot be lifted: {reason}')
+    _refuse_uncertain(model, names, _why_not_lifted, 'be lifted')
     _refuse_parallel(model)
 
     layers = {se: _sae_like(se, reduction, cardinality) for se in names}
@@ -386,43 +402,42 @@ def add_attention(model: Model, reduction: int = 32, cardinality: int = 4) -> Mo
             forward is not timm's or torchvision's own. Says which and why; the model is unchanged then.
     """
     _check_arguments(model, reduction, cardinality)
-    blocks = {name: m for name, m in model.named_modules() if isinstance(m, BLOCK_CLASSES)}
-    without = {name: block for name, block in blocks.items() if getattr(block, 'se', None) is None}
+    blocks = _places(model, BLOCK_CLASSES)
+    without = {block: names for block, names in blocks.items() if getattr(block, 'se', None) is None}
     if not without:
         raise ValueError(
             f'every residual block of this {type(model).__name__} has attention'
             if blocks
             else f"{type(model).__name__} holds no residual block of timm's or torchvision's ResNet"
         )
-    uses = _Uses.of(model)
-    for name, block in without.items():
-        reason = _why_no_attention(block, uses)
-        if not reason and (around := _replaced_around(model, name)):
-            reason = f'{around} has a forward that is not of its class, which may not call it'
-        if reason:
-            raise ValueError(f'{name or "the block"} ({type(block).__name__}) cannot take attention: {reason}')
+    _refuse_uncertain(model, without, _why_no_attention, 'take attention')
     _refuse_parallel(model)
 
-    plans = []
-    for block in without.values():
-        _, _, becomes = _BLOCKS[type(block)]
-        plans.append((block, becomes, list(_last_affine(block).parameters()), _idle_sae(block, reduction, cardinality)))
+    plans = [(block, _last_affine(block), _idle_sae(block, reduction, cardinality)) for block in without]
+    doubled = [(last, {name: _doubled(p) for name, p in last.named_parameters()}) for _, last, _ in plans]
     undo: list[Callable[[], object]] = []
     try:
-        for block, becomes, parameters, layer in plans:
-            with torch.no_grad():
-                for parameter in parameters:
-                    parameter.mul_(2)
-                    undo.append(partial(parameter.mul_, 0.5))
+        for last, parameters in doubled:
+            for name, parameter in parameters.items():
+                undo.append(partial(setattr, last, name, last.get_parameter(name)))
+                setattr(last, name, parameter)
+        for block, _, layer in plans:
             undo.append(partial(_take_attention, block, type(block), 'se' in vars(block)))
             block.se = layer
-            block.__class__ = becomes
-    except BaseException:  # parameters in memory that cannot be written to, or Ctrl-C
-        with torch.no_grad():
-            for action in reversed(undo):
-                action()
+            block.__class__ = _BLOCKS[type(block)][2]
+    except BaseException:  # a block's own __setattr__, or Ctrl-C
+        for action in reversed(undo):
+            action()
         raise
     return model
+
+
+@torch.inference_mode(False)
+def _doubled(parameter: nn.Parameter) -> nn.Parameter:
+    """A new parameter of twice the value: what holds the old one, such as an earlier state dict, keeps its value."""
+    doubled = nn.Parameter(2 * parameter.detach(), requires_grad=parameter.requires_grad)
+    vars(doubled).update(vars(parameter))  # such as marks for an optimizer
+    return doubled
 
 
 def _take_attention(block: nn.Module, kind: type[nn.Module], names_se: bool) -> None:
@@ -470,8 +485,6 @@ def _why_no_attention(block: nn.Module, uses: _Uses) -> str | None:
     for parameter in last.parameters():
         if any(size > 1 and step == 0 for size, step in zip(parameter.shape, parameter.stride(), strict=True)):
             return f'its {name} has a parameter whose elements share memory'
-        if parameter.is_inference():
-            return f'its {name} was made in inference mode and cannot be changed'
         if not parameter.is_meta and (2 * parameter.detach()).isinf().any():
             return f'twice the parameters of its {name} would overflow in {parameter.dtype}'
     return None
