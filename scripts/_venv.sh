@@ -6,6 +6,7 @@ root=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
 venv=$root/.venv
 python=$venv/bin/python
 state=$venv/.timm-senetv2
+unset PYTHONDONTWRITEBYTECODE  # with it set, each program would compile torch and timm anew, which takes 12 s
 
 fail() {
     echo "error: $*" >&2
