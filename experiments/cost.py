@@ -18,7 +18,7 @@ from torch import nn
 
 from timm_senetv2.errors import UserError, did_you_mean, one_line, printable
 from timm_senetv2.layers import SqueezeAggregatedExcitation
-from timm_senetv2.profile import count
+from timm_senetv2.profile import count, on_meta
 
 from .files import read_csv
 
@@ -120,7 +120,7 @@ def images_per_second(name: str, gpu: Gpu, compiled: bool = False, model_args: d
         compiled: torch.compile: the one-pass tail of this package's blocks adds no pass to those of a plain network.
         model_args: Options of the model.
     """
-    model = timm.create_model(name, device='meta', **(model_args or {}))
+    model = on_meta(name, **(model_args or {}))
     return 1 / max(_seconds(model, cast(dict[str, Any], model.pretrained_cfg)['input_size'], gpu, compiled))
 
 
@@ -153,7 +153,7 @@ def _model(recipe: dict[str, Any]) -> tuple[nn.Module, tuple[int, int, int]]:
     if channels := given.get('in_chans') or (size and size[0]):
         options = options | dict(in_chans=channels)
     try:
-        model = timm.create_model(name, device='meta', **options)
+        model = on_meta(name, **options)
         found = resolve_data_config(given, model=model)['input_size']
         count(model, found)
     except Exception as e:  # a wrong option shows as anything

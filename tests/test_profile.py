@@ -2,7 +2,7 @@ import pytest
 import timm
 import torch
 
-from timm_senetv2.profile import count
+from timm_senetv2.profile import count, on_meta
 
 
 def test_count_of_a_convolution_and_a_linear_layer_by_hand():
@@ -39,3 +39,13 @@ def test_count_agrees_with_timms_model_cards(name, params):
 def test_count_is_the_same_on_meta_and_on_the_cpu():
     on_meta = count(timm.create_model('cifar_senetv2_resnet20', device='meta'), (3, 32, 32))
     assert on_meta == count(timm.create_model('cifar_senetv2_resnet20'), (3, 32, 32))
+
+
+@pytest.mark.parametrize('name', ['senetv2_resnet18', 'seanet20', 'convnext_atto', 'vit_tiny_patch16_224'])
+def test_model_without_values_is_that_of_timm(name):
+    ours, theirs = on_meta(name, num_classes=7), timm.create_model(name, num_classes=7, device='meta')
+    assert str(ours) == str(theirs)
+    assert {p.device.type for p in ours.parameters()} == {'meta'}
+    shapes = [{key: (t.shape, t.dtype) for key, t in m.state_dict().items()} for m in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+    assert ours.pretrained_cfg == theirs.pretrained_cfg

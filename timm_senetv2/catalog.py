@@ -9,7 +9,7 @@ from timm.utils import natural_key
 from torch import nn
 
 from . import register
-from .profile import count
+from .profile import count, on_meta
 from .sources import Published, sources
 
 register()  # the models are there even with torch's autoload off
@@ -85,7 +85,7 @@ def classes_of(model: nn.Module) -> int:
 
 
 def _model(name: str) -> Model:
-    model = timm.create_model(name, device='meta')
+    model = on_meta(name)
     size = config_of(model)['input_size']
     profile = count(model, size)
     default, rows = default_tag(name), []

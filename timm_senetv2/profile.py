@@ -1,15 +1,16 @@
 """What a model costs on paper: parameters, multiply-adds, activations."""
 
 import contextlib
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 _aten = torch.ops.aten
 _MATRIX_OPS = (_aten.convolution, _aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm)
@@ -30,6 +31,44 @@ class _WithoutNorms(TorchFunctionMode):
         if func is F.batch_norm:
             return torch.empty_like(args[0])
         return func(*args, **(kwargs or {}))
+
+
+class _MatrixOps(TorchDispatchMode):
+    """Adds up the operations of `_MATRIX_OPS`, by torch's formulas, and what they put out.
+
+    torch's FlopCounterMode also tells modules and composite operations apart, which takes half of its time.
+    """
+
+    flops = activations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in _MATRIX_OPS:
+            self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+            self.activations += out.numel()
+        return out
+
+
+_RANDOM = {
+    *(torch.Tensor.normal_, torch.Tensor.uniform_),
+    *(nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_),  # those that ask the mode themselves
+}
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Leaves out random numbers: the meta device keeps none, and they are half of the time that a model takes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _RANDOM:
+            return args[0] if args else kwargs['tensor']
+        return func(*args, **kwargs)
+
+
+def on_meta(name: str, **options: Any) -> nn.Module:
+    """`timm.create_model` with these options on the meta device: shapes, without memory for values."""
+    with _WithoutValues():
+        return timm.create_model(name, device='meta', **options)
 
 
 @contextlib.contextmanager
@@ -57,24 +96,11 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> Profile:
     """
     weight = next(model.parameters())
     image = torch.empty(1, *input_size, device=weight.device, dtype=weight.dtype)
-    activations = 0
-
-    def and_activations(flops_of: Callable[..., int]) -> Callable[..., int]:
-        """torch's formula of an operation, which also adds up what the operation puts out."""
-
-        def formula(*args: Any, out_shape: Sequence[int], **kwargs: Any) -> int:
-            nonlocal activations
-            activations += math.prod(out_shape)
-            return flops_of(*args, out_val=out_shape, **kwargs)
-
-        return formula
-
-    mapping = {op: and_activations(flop_registry[op]) for op in _MATRIX_OPS}
-    flops = FlopCounterMode(display=False, custom_mapping=mapping)
-    with evaluating(model), _WithoutNorms(), flops:
+    found = _MatrixOps()  # type: ignore[no-untyped-call]  # torch's modes have no types
+    with evaluating(model), _WithoutNorms(), found:
         model(image)
     return Profile(
         params=sum(p.numel() for p in model.parameters()),
-        macs=flops.get_total_flops() // 2,
-        activations=activations,
+        macs=found.flops // 2,
+        activations=found.activations,
     )

@@ -24,13 +24,12 @@ def main(argv: Sequence[str]) -> None:
     )
     args = parser.parse_args(argv)
 
-    import timm
     from tqdm import tqdm
 
     from .. import catalog, hub
     from ..files import check_output, output_folder
     from ..hub.card import data_configs
-    from ..profile import Profile, count
+    from ..profile import Profile, count, on_meta
 
     hub.check_target(f'{args.owner}/name')
     check_output(args.folder, 'cards')
@@ -39,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     with output_folder(args.folder, 'cards') as folder:
         for name, tag in tqdm(released, unit='card'):
             facts = hub.facts_of(name, tag)
-            model = timm.create_model(f'{name}.{tag}', device='meta')
+            model = on_meta(f'{name}.{tag}')
             size = data_configs(model, facts)[0]['input_size']
             if (name, size) not in costs:  # tags differ in their weights alone, and counting takes the longest
                 costs[name, size] = count(model, size)
