@@ -1,5 +1,6 @@
 """The models in timm's factory: sizes, trunks, options, and the whole of timm's model API."""
 
+import functools
 import json
 import math
 from functools import partial
@@ -14,6 +15,7 @@ from timm.models import FeatureDictNet, load_checkpoint, save_for_hf
 from timm.optim import param_groups_layer_decay
 
 from timm_senetv2.layers import ChannelAggregation, SqueezeAggregatedExcitation
+from timm_senetv2.profile import on_meta
 from timm_senetv2.registration import MODEL_MODULES
 
 DEPTHS = (20, 32, 44, 56, 110)
@@ -50,9 +52,10 @@ all_models = pytest.mark.parametrize('name', ALL)
 quick_models = pytest.mark.parametrize('name', QUICK)
 
 
-def meta(name, **kwargs):
-    with torch.device('meta'):
-        return timm.create_model(name, **kwargs)
+@functools.cache
+def shared(name):
+    """The model on the meta device, for tests that only look at it."""
+    return on_meta(name).eval()
 
 
 NARROW = {'seanet20': dict(widths=(32, 64, 128))}  # at its own widths one forward of it takes as long as all others
@@ -89,13 +92,13 @@ def test_the_registered_models_are_these():
     ],
 )
 def test_published_parameter_counts(name, kwargs, parameters):
-    assert count(meta(name, **kwargs)) == parameters
+    assert count(on_meta(name, **kwargs)) == parameters
 
 
 @pytest.mark.parametrize('classes', [1000, 100, 10, 0])
 def test_sae_adds_the_published_parameters_to_resnet50(classes):
     plain, se, sae = (
-        meta(name, num_classes=classes, **kwargs)
+        on_meta(name, num_classes=classes, **kwargs)
         for name, kwargs in (('resnet50', {}), ('senetv2_resnet50', dict(sae_cardinality=1)), ('senetv2_resnet50', {}))
     )
     assert count(sae) - count(plain) == 5_046_880
@@ -104,12 +107,12 @@ def test_sae_adds_the_published_parameters_to_resnet50(classes):
 
 @all_models
 def test_default_number_of_classes_is_that_of_the_dataset(name):
-    assert meta(name).num_classes == (1000 if name in TWINS else 10)
+    assert shared(name).num_classes == (1000 if name in TWINS else 10)
 
 
 @pytest.mark.parametrize('name', SMALL)
 def test_small_cnns_are_small_and_differ_by_their_attention(name):
-    model = meta(name)
+    model = shared(name)
     assert count(model) < 200_000
     convs = [(3, 32), (32, 32), (32, 64), (64, 128)]
     trunk = sum(9 * i * o + 2 * o for i, o in convs) + 128 * 10 + 10
@@ -143,7 +146,7 @@ def test_parameters_of_32_pixel_trunks(name):
         'cifar_senetv2_resnet': ((16, 32, 64), 4, 16, 1, 'stage'),
         'seanet': ((128, 256, 512), 1, 8, 4, 'stage'),
     }[family]
-    assert count(meta(name)) == trunk32_parameters(TRUNKS32[name], *expected)
+    assert count(shared(name)) == trunk32_parameters(TRUNKS32[name], *expected)
 
 
 # ---- trunks
@@ -151,7 +154,7 @@ def test_parameters_of_32_pixel_trunks(name):
 
 @pytest.mark.parametrize('name, twin', TWINS.items())
 def test_trunk_is_that_of_timms_twin(name, twin):
-    ours, theirs = meta(name), meta(twin)
+    ours, theirs = shared(name), shared(twin)
 
     def tensors(model):
         return {k: v.shape for k, v in model.state_dict().items() if '.se.' not in k}
@@ -255,7 +258,7 @@ def test_initialisation_is_the_seanet_authors():
 @pytest.mark.parametrize('factor', [1, 2, 8])
 def test_aggregation_options_change_the_widths(factor, after):
     options = dict(aggregate_after=after, aggregation_op='max') if factor > 1 else {}
-    model = meta('seanet32', aggregation_factor=factor, **options)
+    model = on_meta('seanet32', aggregation_factor=factor, **options)
     assert count(model) == trunk32_parameters(32, (128, 256, 512), 1, 8, factor, after)
     assert model.num_features == 512 // factor
     layers = [m for m in model.modules() if isinstance(m, ChannelAggregation)]
@@ -265,7 +268,7 @@ def test_aggregation_options_change_the_widths(factor, after):
 
 @pytest.mark.parametrize('name', ['senetv2_resnet18', 'senextv2_26t_32x4d', 'cifar_senetv2_resnet20', 'small_saecnn'])
 def test_sae_options_reach_every_layer(name):
-    model = meta(name, sae_reduction=8, sae_cardinality=2, sae_add_identity=True)
+    model = on_meta(name, sae_reduction=8, sae_cardinality=2, sae_add_identity=True)
     layers = [m for m in model.modules() if isinstance(m, SqueezeAggregatedExcitation)]
     assert layers
     for m in layers:
@@ -273,16 +276,16 @@ def test_sae_options_reach_every_layer(name):
 
 
 def test_sae_options_give_and_take_attention_on_32_pixel_trunks():
-    assert count(meta('cifar_resnet20', sae_cardinality=4)) == count(meta('cifar_senetv2_resnet20'))
-    assert count(meta('cifar_senetv2_resnet20', sae_cardinality=0)) == count(meta('cifar_resnet20'))
-    assert count(meta('small_cnn', sae_cardinality=1)) == count(meta('small_secnn'))
-    assert not any(isinstance(m, SqueezeAggregatedExcitation) for m in meta('seanet20', sae_cardinality=0).modules())
-    assert meta('small_cnn', sae_cardinality=2, sae_reduction=8).layer1.se.rd_channels == 4
+    assert count(on_meta('cifar_resnet20', sae_cardinality=4)) == count(on_meta('cifar_senetv2_resnet20'))
+    assert count(on_meta('cifar_senetv2_resnet20', sae_cardinality=0)) == count(on_meta('cifar_resnet20'))
+    assert count(on_meta('small_cnn', sae_cardinality=1)) == count(on_meta('small_secnn'))
+    assert not any(isinstance(m, SqueezeAggregatedExcitation) for m in on_meta('seanet20', sae_cardinality=0).modules())
+    assert on_meta('small_cnn', sae_cardinality=2, sae_reduction=8).layer1.se.rd_channels == 4
 
 
 @pytest.mark.parametrize('name', ['senetv2_resnet18', 'cifar_senetv2_resnet20', 'small_saecnn'])
 def test_sae_without_biases(name):
-    layers = [m for m in meta(name, sae_bias=False).modules() if isinstance(m, SqueezeAggregatedExcitation)]
+    layers = [m for m in on_meta(name, sae_bias=False).modules() if isinstance(m, SqueezeAggregatedExcitation)]
     assert layers and all(m.fc1.bias is None and m.fc2.bias is None for m in layers)
 
 
@@ -321,13 +324,13 @@ def test_sae_without_biases(name):
 )
 def test_bad_options_raise_naming_argument_and_value(name, kwargs, message):
     with pytest.raises(ValueError, match=message):
-        meta(name, **kwargs)
+        on_meta(name, **kwargs)
 
 
 @all_models
 def test_unknown_arguments_raise_a_type_error(name):
     with pytest.raises(TypeError, match='sae_cardinalty'):
-        meta(name, sae_cardinalty=4)
+        on_meta(name, sae_cardinalty=4)
 
 
 # ---- timm's model API
@@ -335,7 +338,7 @@ def test_unknown_arguments_raise_a_type_error(name):
 
 @all_models
 def test_feature_channels_and_reductions_are_those_of_the_outputs(name):
-    model = meta(name, features_only=True).eval()
+    model = on_meta(name, features_only=True).eval()
     size = 64 if name in TWINS else 32
     with torch.no_grad():
         outputs = model(images(size=size, device='meta'))
@@ -346,7 +349,7 @@ def test_feature_channels_and_reductions_are_those_of_the_outputs(name):
 
 @all_models
 def test_features_and_head_have_the_sizes_the_model_states(name, monkeypatch):
-    model = meta(name).eval()
+    model = shared(name)
     cfg = model.pretrained_cfg
     x = torch.randn(2, *cfg['input_size'], device='meta')
     with torch.no_grad():
@@ -390,14 +393,14 @@ def test_intermediates_equal_features_only(name):
 @pytest.mark.parametrize('name', ['senetv2_resnet18', 'cifar_senetv2_resnet20', 'seanet20', 'small_saecnn'])
 def test_feature_cfg_of_the_caller_is_taken(name):
     given = dict(feature_cls='dict', out_indices=(0, 2))
-    model = meta(name, features_only=True, feature_cfg=dict(given)).eval()
+    model = on_meta(name, features_only=True, feature_cfg=dict(given)).eval()
     assert type(model) is FeatureDictNet
     assert model.feature_info.out_indices == (0, 2)
-    default = meta(name, features_only=True, feature_cfg=dict(feature_cls='getter'))
+    default = on_meta(name, features_only=True, feature_cfg=dict(feature_cls='getter'))
     count = len(default.feature_info.out_indices)
     assert type(default).__name__ == 'FeatureGetterNet' and count == (5 if name in TWINS else 4)
     x = images(device='meta')
-    shapes = [f.shape for f in meta(name).forward_intermediates(x, intermediates_only=True)]
+    shapes = [f.shape for f in on_meta(name).forward_intermediates(x, intermediates_only=True)]
     assert [f.shape for f in model(x).values()] == [shapes[0], shapes[2]]
     assert [f.shape for f in default(x)] == shapes
 
@@ -405,9 +408,9 @@ def test_feature_cfg_of_the_caller_is_taken(name):
 @pytest.mark.parametrize('indices', [0, 5, [4], [-5], []])
 def test_bad_intermediate_indices_raise(indices):
     with pytest.raises(ValueError, match='indices .* got'):
-        meta('cifar_resnet20').forward_intermediates(images(device='meta'), indices=indices)
+        on_meta('cifar_resnet20').forward_intermediates(images(device='meta'), indices=indices)
     with pytest.raises(ValueError, match="output_fmt must be 'NCHW', got 'NLC'"):
-        meta('cifar_resnet20').forward_intermediates(images(device='meta'), output_fmt='NLC')
+        on_meta('cifar_resnet20').forward_intermediates(images(device='meta'), output_fmt='NLC')
 
 
 @quick_models
@@ -471,7 +474,7 @@ def test_global_pool(name, global_pool):
 
 @all_models
 def test_group_matcher_decays_the_learning_rate_layer_by_layer(name):
-    model = meta(name)
+    model = shared(name)
     groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.5)
     scales = {}
     parameter_names = {id(p): n for n, p in model.named_parameters()}
@@ -580,7 +583,7 @@ def test_meta_construction_puts_everything_on_meta(name):
 @quick_models
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
 def test_dtype_construction(name, dtype):
-    model = timm.create_model(name, dtype=dtype).eval()
+    model = timm.create_model(name, dtype=dtype, **NARROW.get(name, {})).eval()
     y = model(images(dtype=dtype))
     assert y.dtype == dtype and y.isfinite().all()
 

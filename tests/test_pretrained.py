@@ -3,6 +3,7 @@
 import copy
 import csv
 import dataclasses
+import functools
 import json
 import re
 from functools import partial
@@ -53,6 +54,12 @@ def se_source(name: str, **kwargs) -> torch.nn.Module:
 @pytest.fixture(scope='module')
 def seresnet18() -> torch.nn.Module:
     return se_source('seresnet18')
+
+
+@functools.cache
+def fresh_weights(name: str) -> dict[str, torch.Tensor]:
+    """Weights to leave as they are."""
+    return timm.create_model(name).state_dict()
 
 
 def lifted(name: str, source: torch.nn.Module, **kwargs) -> torch.nn.Module:
@@ -471,7 +478,7 @@ def test_lift_into_add_identity_is_refused():
 @pytest.mark.parametrize('num_classes', [1000, 7])
 @pytest.mark.parametrize('name', ['senetv2_resnet18.untrained', 'senetv2_resnet50', 'cifar_senetv2_resnet20'])
 def test_weights_without_attention_are_refused_even_where_timm_loads_loosely(name, num_classes):
-    plain = {key: t for key, t in timm.create_model(name).state_dict().items() if '.se.' not in key}
+    plain = {key: t for key, t in fresh_weights(name).items() if '.se.' not in key}
     with pytest.raises(RuntimeError, match=r'^layer1\.0\.se\.fc1\.weight is missing; its shape in this layer is'):
         timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(state_dict=plain), num_classes=num_classes)
 
@@ -490,7 +497,7 @@ def test_weights_without_attention_are_refused_even_where_timm_loads_loosely(nam
 )
 @pytest.mark.parametrize('source', ['senetv2_resnet18', 'seresnet18'])
 def test_missing_attention_weights_are_refused_by_the_first_name(source, lost, missing, num_classes, kind):
-    state = timm.create_model(source).state_dict()
+    state = fresh_weights(source)
     kept = {key: tensor for key, tensor in state.items() if not re.fullmatch(lost, key)}
     assert len(kept) < len(state)
     with pytest.raises(RuntimeError, match=rf'^{re.escape(missing)} is missing'):

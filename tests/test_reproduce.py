@@ -106,12 +106,18 @@ def test_finished_runs_are_not_repeated(finished, monkeypatch):
     assert rows(finished) == before
 
 
-@pytest.mark.parametrize('extra', [[], ['--ema-decay', '0.9', '--amp']])
-@pytest.mark.parametrize('moment', ['before the checkpoint', 'between unlink and rename', 'after the checkpoint'])
-def test_interrupted_and_started_again_equals_uninterrupted(tmp_path, monkeypatch, moment, extra):
-    arguments = [*SMALL, '--epochs', '3', '--seeds', '0', *extra, '--out']
-    reproduce.main([*arguments, str(tmp_path / 'whole')])
+@pytest.fixture(scope='module', params=[[], ['--ema-decay', '0.9', '--amp']], ids=['plain', 'ema amp'])
+def uninterrupted(request, tmp_path_factory):
+    """Arguments, and the folder of what they made."""
+    whole = tmp_path_factory.mktemp('whole')
+    arguments = [*SMALL, '--epochs', '3', '--seeds', '0', *request.param, '--out']
+    reproduce.main([*arguments, str(whole)])
+    return arguments, whole
 
+
+@pytest.mark.parametrize('moment', ['before the checkpoint', 'between unlink and rename', 'after the checkpoint'])
+def test_interrupted_and_started_again_equals_uninterrupted(uninterrupted, tmp_path, monkeypatch, moment):
+    arguments, whole = uninterrupted
     save, calls = CheckpointSaver.save_checkpoint, []
 
     def interrupted(saver, epoch, metric):
@@ -129,11 +135,11 @@ def test_interrupted_and_started_again_equals_uninterrupted(tmp_path, monkeypatc
     monkeypatch.setattr(CheckpointSaver, 'save_checkpoint', interrupted)
     with pytest.raises(KeyboardInterrupt):
         reproduce.main([*arguments, str(tmp_path / 'parts')])
-    assert rows(tmp_path / 'parts') == rows(tmp_path / 'whole')[:1]
+    assert rows(tmp_path / 'parts') == rows(whole)[:1]
     reproduce.main([*arguments, str(tmp_path / 'parts')])
     assert calls[5:] == ([1, 2] if moment == 'before the checkpoint' else [2])
-    assert rows(tmp_path / 'parts') == rows(tmp_path / 'whole')
-    assert rows(tmp_path / 'parts', 'curves.csv') == rows(tmp_path / 'whole', 'curves.csv')
+    assert rows(tmp_path / 'parts') == rows(whole)
+    assert rows(tmp_path / 'parts', 'curves.csv') == rows(whole, 'curves.csv')
 
 
 def test_killed_and_started_again_equals_uninterrupted(finished, tmp_path, interpreters):
