@@ -19,6 +19,7 @@ from torchvision.transforms import InterpolationMode  # type: ignore[import-unty
 from . import catalog
 from .checkpoints import Checkpoint, load_weights, read_checkpoint
 from .errors import UserError, did_you_mean, one_line, printable
+from .profile import on_meta
 
 # What create_model takes beside a model's options; each would change what is built, loaded or saved
 _NOT_OPTIONS = {
@@ -162,7 +163,7 @@ def _trained_options(name: str, checkpoint: Checkpoint, model_args: Mapping[str,
     preprocessing = _recorded_preprocessing(checkpoint, shown)
     if 'in_chans' in preprocessing or 'input_size' in preprocessing:  # as train.py has it
         options.setdefault('in_chans', preprocessing.get('in_chans') or preprocessing['input_size'][0])
-    kinds = _plain_types(type(timm.create_model(f'{name}.untrained', device='meta')))
+    kinds = _plain_types(type(on_meta(f'{name}.untrained')))
     for key, value in options.items():  # timm takes 0 and 1 as well
         if kinds.get(key) is bool and type(value) is int and value in (0, 1):
             options[key] = bool(value)
@@ -276,7 +277,7 @@ def check_options(name: str, model_args: Mapping[str, Any], given_by: str = '--m
     """
     if not model_args:
         return
-    kinds = _plain_types(type(timm.create_model(f'{name}.untrained', device='meta')))
+    kinds = _plain_types(type(on_meta(f'{name}.untrained')))
     for key, value in model_args.items():
         if key in _NOT_OPTIONS:
             raise UserError(f'{given_by}: {key} is not an option of a model')
@@ -287,7 +288,7 @@ def check_options(name: str, model_args: Mapping[str, Any], given_by: str = '--m
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of weights without elements
-            model = timm.create_model(f'{name}.untrained', device='meta', **model_args)
+            model = on_meta(f'{name}.untrained', **model_args)
     except Exception as e:  # timm answers wrong options with many kinds
         reason = why_not_built(name, e)
         raise UserError(f'{given_by}: {name} cannot be built with {_shown(model_args)}: {reason}') from None
@@ -312,7 +313,7 @@ def why_not_built(name: str, error: Exception) -> str:
     unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error)) if isinstance(error, TypeError) else None
     if unknown is None:
         return one_line(error)
-    model = type(timm.create_model(name, device='meta'))
+    model = type(on_meta(name))
     return f'it has no option {unknown[1]}{did_you_mean(unknown[1], _options(model))}'
 
 
