@@ -374,12 +374,12 @@ def test_push_to_a_trickling_hub_ends_in_time_and_the_next_finishes(hub_server, 
     (tmp_path / 'tmp').mkdir()
     arguments = ['-m', 'timm_senetv2', 'push', '--model', 'cifar_resnet20', '--pretrained', 'fmnist']
     arguments += ['--repo-id', 'me/x']
-    often = 'import timm_senetv2.commands.push as push; push._REPORT_EVERY = 5.0\n'
-    slow = interpreters.run(often + command([*arguments, '--timeout', '0.1']), env=environment)
+    often = 'import timm_senetv2.commands.push as push; push._REPORT_EVERY = 2.0\n'
+    slow = interpreters.run(often + command([*arguments, '--timeout', '0.05']), env=environment)
     assert slow.returncode == 2, slow.stderr
     progress, error = slow.stderr.splitlines()
-    assert progress.startswith('check the token: 5 s of at most 6 s')
-    assert error.startswith('error: the push was not over after 0.1 minutes; its last step: check the token. ')
+    assert progress.startswith('check the token: 2 s of at most 3 s')
+    assert error.startswith('error: the push was not over after 0.05 minutes; its last step: check the token. ')
     assert not list((tmp_path / 'tmp').iterdir())
     done = interpreters.run(command(arguments), env=environment)
     assert done.returncode == 0, done.stderr
