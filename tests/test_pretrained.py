@@ -283,9 +283,29 @@ def test_plain_source_too_large_to_be_doubled_is_refused_in_half_precision_alone
     source = plain_source('resnet18').half()
     source.layer2[1].bn2.weight.data[3] = 40_000  # float16 ends at 65,504
     file = saved(source, tmp_path)
-    with pytest.raises(RuntimeError, match=r'layer2.1.bn2.weight holds values whose double overflows in float16'):
+    message = r'layer2.1.bn2.weight holds values whose double overflows in float16.*; build the model in float32$'
+    with pytest.raises(RuntimeError, match=message):
         from_plain('senetv2_resnet18', file, dtype=torch.float16)
     assert from_plain('senetv2_resnet18', file).layer2[1].bn2.weight[3] == 80_000
+    source.float().layer2[1].bn2.weight.data[3] = 2e38
+    with pytest.raises(RuntimeError, match='overflows in float32, and weights without .* to start with it$'):
+        from_plain('senetv2_resnet18', saved(source, tmp_path))
+
+
+@pytest.mark.parametrize('num_classes', [1000, 7])
+@pytest.mark.parametrize(
+    ('source', 'key'),
+    [('resnet18', 'layer1.0.bn2.weight'), ('resnet18', 'epoch'), ('seresnet18', 'layer1.0.se.fc1.weight')],
+)
+def test_entry_that_is_no_tensor_is_refused_by_its_name(source, key, num_classes):
+    state = {**fresh_weights(source), key: 3}
+    with pytest.raises(RuntimeError, match=f'^{re.escape(key)} is of type int, and weights are tensors$'):
+        timm.create_model(
+            'senetv2_resnet18',
+            pretrained=True,
+            pretrained_cfg_overlay=dict(state_dict=state, tag='plain_a'),
+            num_classes=num_classes,
+        )
 
 
 def test_idle_attention_keeps_fresh_first_layers_and_doubles_the_last_norms(tmp_path):

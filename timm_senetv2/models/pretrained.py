@@ -102,7 +102,7 @@ def lift_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Module) ->
     for name, layer in layers.items():
         prefix = f'{name}.'
         own = {key: tensor.shape for key, tensor in layer.state_dict(prefix=prefix).items()}
-        given = {key: tensor.shape for key, tensor in state_dict.items() if key.startswith(prefix)}
+        given = {key: _shape(key, tensor) for key, tensor in state_dict.items() if key.startswith(prefix)}
         if given == own:
             continue
         for key, shape in given.items():
@@ -129,8 +129,9 @@ def _with_idle_attention(
     own = model.state_dict()
     classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
     for key, tensor in state_dict.items():
+        shape = _shape(key, tensor)
         if key not in own and key.rpartition('.')[0] not in classifiers:
-            raise RuntimeError(f'{key}, of shape {tuple(tensor.shape)}, has no place in a model without attention')
+            raise RuntimeError(f'{key}, of shape {tuple(shape)}, has no place in a model without attention')
     lifted = dict(state_dict)
     for name, layer in layers.items():
         if layer.add_identity:
@@ -161,11 +162,18 @@ def _doubled(key: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
     """Twice a tensor that is going to be loaded as this dtype; raises a RuntimeError where that would overflow."""
     doubled = 2 * tensor.to(dtype)  # rounded before it is doubled, as in the model without attention
     if not tensor.is_meta and (doubled.isinf() & tensor.isfinite()).any():
+        remedy = '; build the model in float32' if dtype.itemsize < 4 else ''
         raise RuntimeError(
             f'{key} holds values whose double overflows in {str(dtype).removeprefix("torch.")}, and weights without '
-            'attention are doubled to start with it; build the model in float32'
+            f'attention are doubled to start with it{remedy}'
         )
     return doubled
+
+
+def _shape(key: str, tensor: object) -> torch.Size:
+    if not isinstance(tensor, torch.Tensor):
+        raise RuntimeError(f'{key} is of type {type(tensor).__name__}, and weights are tensors')
+    return tensor.shape
 
 
 def last_norm(block: nn.Module) -> str | None:
