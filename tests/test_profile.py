@@ -41,6 +41,20 @@ def test_count_is_the_same_on_meta_and_on_the_cpu():
     assert on_meta == count(timm.create_model('cifar_senetv2_resnet20'), (3, 32, 32))
 
 
+@pytest.mark.parametrize('device', ['meta', 'cpu'])
+@pytest.mark.parametrize('name', ['cifar_senetv2_resnet20', 'test_vit'])
+def test_count_in_inference_mode_and_of_a_traced_model_is_the_same(name, device):
+    model = timm.create_model(name, device=device).eval()
+    size = model.pretrained_cfg['input_size']
+    profile = count(model, size)
+    assert profile.macs > 1e6
+    with torch.inference_mode():
+        assert count(model, size) == profile
+    if device == 'cpu':
+        traced = torch.jit.trace(model, torch.zeros(1, *size), check_trace=False)
+        assert count(traced, size)[:2] == profile[:2]
+
+
 @pytest.mark.parametrize('name', ['senetv2_resnet18', 'seanet20', 'convnext_atto', 'vit_tiny_patch16_224'])
 def test_model_without_values_is_that_of_timm(name):
     ours, theirs = on_meta(name, num_classes=7), timm.create_model(name, num_classes=7, device='meta')

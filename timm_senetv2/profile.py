@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 _aten = torch.ops.aten
-_MATRIX_OPS = (_aten.convolution, _aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm)
+_MATRIX_OPS = (_aten.convolution, _aten._convolution, _aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm)
 
 
 class Profile(NamedTuple):
@@ -88,7 +88,8 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> Profile:
     """Count over one forward pass in eval mode of one image.
 
     Only convolutions and matrix products count; timm's published tables add batch norm and pooling, half a percent of
-    a ResNet-50. A model on the meta device costs no memory and no time.
+    a ResNet-50. A model on the meta device costs no memory and no time, and there attention's products count too, which
+    torch computes in one operation elsewhere.
 
     Args:
         model: Any model; each of its modules has its own mode again afterwards.
@@ -97,7 +98,8 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> Profile:
     weight = next(model.parameters())
     image = torch.empty(1, *input_size, device=weight.device, dtype=weight.dtype)
     found = _MatrixOps()  # type: ignore[no-untyped-call]  # torch's modes have no types
-    with evaluating(model), _WithoutNorms(), found:
+    # in inference mode the operations would arrive before they are taken apart into those that count
+    with torch.inference_mode(False), evaluating(model), _WithoutNorms(), found:
         model(image)
     return Profile(
         params=sum(p.numel() for p in model.parameters()),
