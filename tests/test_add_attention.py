@@ -439,6 +439,29 @@ def test_failure_in_the_middle_leaves_the_model_unchanged(build, monkeypatch):
     model.eval()(images(1, 64))
 
 
+@pytest.mark.parametrize(
+    ('name', 'stubborn'), [('layer3.0.bn3', 'bias'), ('layer3.0', 'se'), ('layer3.0', '__class__')]
+)
+def test_module_that_lets_nothing_be_set_leaves_the_model_unchanged(name, stubborn):
+    model = randomize(small(), images(2, 64)).eval()
+    target = model.get_submodule(name)
+
+    kind, set_attribute = type(target), type(target).__setattr__
+
+    def refuse(module: nn.Module, attribute: str, value: object) -> None:
+        if module is target and attribute == stubborn:
+            raise RuntimeError('no')
+        set_attribute(module, attribute, value)
+
+    x = images(2, 64)
+    expected, classes = model(x), {name: type(m) for name, m in model.named_modules()}
+    with pytest.raises(RuntimeError, match='no'), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(kind, '__setattr__', refuse)
+        add_attention(model)
+    assert {name: type(m) for name, m in model.named_modules()} == classes
+    assert torch.equal(model(x), expected)
+
+
 def test_name_in_place_of_a_model_is_refused():
     with pytest.raises(ValueError, match="model must be a torch.nn.Module, .* got 'resnet18'"):
         add_attention('resnet18')

@@ -249,7 +249,7 @@ def lift(model: Model, reduction: int = 32, cardinality: int = 4) -> Model:
             setattr(model.get_submodule(parent), child, layers[se])
     except BaseException:  # a parent's own __setattr__, or Ctrl-C
         for se, parent, child in places:
-            setattr(model.get_submodule(parent), child, se)
+            model.get_submodule(parent)._modules[child] = se
         raise
     return model
 
@@ -419,14 +419,14 @@ def add_attention(model: Model, reduction: int = 32, cardinality: int = 4) -> Mo
     try:
         for last, parameters in doubled:
             for name, parameter in parameters.items():
-                undo.append(partial(setattr, last, name, last.get_parameter(name)))
+                undo.append(partial(last._parameters.update, {name: last.get_parameter(name)}))
                 setattr(last, name, parameter)
         for block, _, layer in plans:
             undo.append(partial(_take_attention, block, type(block), 'se' in vars(block)))
             block.se = layer
             block.__class__ = _BLOCKS[type(block)][2]
-    except BaseException:  # a block's own __setattr__, or Ctrl-C
-        for action in reversed(undo):
+    except BaseException:  # a module's own __setattr__, or a hook's; or Ctrl-C
+        for action in reversed(undo):  # past what may have raised it
             action()
         raise
     return model
@@ -442,7 +442,7 @@ def _doubled(parameter: nn.Parameter) -> nn.Parameter:
 
 def _take_attention(block: nn.Module, kind: type[nn.Module], names_se: bool) -> None:
     """Make the block again what it was: of its class, and with or without a name `se` for what it has not."""
-    block.__class__ = kind
+    object.__setattr__(block, '__class__', kind)
     block._modules.pop('se', None)
     if names_se:
         vars(block)['se'] = None
