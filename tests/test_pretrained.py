@@ -338,6 +338,13 @@ def test_plain_source_into_other_sizes(sizes, resnet18):
     assert torch.equal(with_timms_blocks(from_plain('senetv2_resnet18', file, **sizes)).eval()(x), source(x))
 
 
+def test_classifier_that_timm_drops_may_be_anything(resnet18):
+    state = {**resnet18[0].state_dict(), 'fc.weight': None, 'fc.bias': None}
+    overlay = dict(state_dict=state, tag='plain_a')
+    model = timm.create_model('senetv2_resnet18', pretrained=True, pretrained_cfg_overlay=overlay, num_classes=7)
+    assert torch.equal(model.conv1.weight, state['conv1.weight'])
+
+
 @pytest.mark.parametrize('num_classes', [7, 0])
 def test_plain_source_with_another_classifier(num_classes, resnet18):
     source, file = resnet18

@@ -129,8 +129,10 @@ def _with_idle_attention(
     own = model.state_dict()
     classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
     for key, tensor in state_dict.items():
+        if key.rpartition('.')[0] in classifiers:
+            continue
         shape = _shape(key, tensor)
-        if key not in own and key.rpartition('.')[0] not in classifiers:
+        if key not in own:
             raise RuntimeError(f'{key}, of shape {tuple(shape)}, has no place in a model without attention')
     lifted = dict(state_dict)
     for name, layer in layers.items():
