@@ -36,12 +36,10 @@ cd "$root"
 export OMP_NUM_THREADS=1  # two processes side by side are faster than two threads in one
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-"$python" -m mypy & package=$!  # each of the two takes one core
-"$python" -m mypy --cache-dir .mypy_cache/experiments --config-file= --ignore-missing-imports --follow-imports=silent \
-    experiments
-wait "$package"
+"$python" -m mypy & types=$!  # beside the next, which leaves half a core
 # shellcheck disable=SC2086
 "$python" tests/run_timm_tests.py $models -n 2
+wait "$types"
 if [ -n "$extra" ]; then  # on their own: other tests compare the documents with the results that these write
     "$python" -m pytest -q -m "$slow and integration" -n 2 --dist loadscope tests/integration
     "$python" -m pytest -q -m "$slow and integration" tests/test_ray_executor.py tests/test_sweep_cost.py  # clusters
