@@ -4,6 +4,7 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -61,9 +62,10 @@ def hub_server() -> Iterator[HubServer]:
 
 @pytest.fixture(scope='session')
 def interpreters() -> Iterator[Interpreters]:
-    """Fresh interpreters with torch and torchvision; not with timm."""
+    """Fresh interpreters with torch, torchvision and what draws and holds images; not with timm."""
     kept = {name: value for name, value in os.environ.items() if not name.endswith('_AUTOLOAD')}
-    with Interpreters('torch', 'torchvision', env=kept) as server:
+    often = [name for name in ('matplotlib.pyplot', 'sklearn.datasets') if find_spec(name.partition('.')[0])]
+    with Interpreters('torch', 'torchvision', *often, env=kept) as server:
         yield server
 
 
