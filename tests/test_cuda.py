@@ -225,7 +225,7 @@ def test_half_precision_with_a_gradient_scaler_learns(device, compiled):
     """float16 on a GPU; a CPU has bfloat16, and a scaler that is turned off. The loss of one batch must fall."""
     if compiled and device == 'cpu':
         pytest.skip('what is compiled on a CPU is tested with the fused tails')
-    network = model(device, 'cifar_senetv2_resnet20').train()
+    network = model(device, 'cifar_senetv2_resnet20', depth=8).train()
     forward = torch.compile(network) if compiled else network
     optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
     scaler = torch.amp.GradScaler(device, enabled=device == 'cuda')

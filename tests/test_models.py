@@ -609,7 +609,7 @@ def test_empty_batch(name):
     'name, kwargs',
     [
         ('small_saecnn', {}),
-        ('cifar_senetv2_resnet20', dict(depth=8)),
+        pytest.param('cifar_senetv2_resnet20', dict(depth=8), marks=pytest.mark.slow),  # the trunk of the next
         ('seanet20', dict(depth=8)),
         ('senextv2_26t_32x4d', dict(layers=(1, 1, 1, 1))),
     ],

@@ -115,6 +115,7 @@ def desk(tmp_path) -> Path:
 @pytest.mark.parametrize('snippet', list(snippets()))
 def test_python_snippet_runs(snippet, reader, desk):
     snippet = snippet.replace('batch_size=32', 'batch_size=4')  # a reader's pictures fill a batch
+    snippet = snippet.replace('for epoch in range(3)', 'for epoch in range(1)')
     if 'export(' in snippet:  # which takes its time for every block
         snippet = snippet.replace(
             "create_model('cifar_senetv2_resnet20')", "create_model('cifar_senetv2_resnet20', depth=8)"
